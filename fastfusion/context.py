@@ -1,0 +1,101 @@
+"""What holds for one thread and one call: the setup to use, and what the forward is to report."""
+
+import threading
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor
+
+from .composition import AdapterCompositionBlock, Setup, parse_composition
+
+_local = threading.local()
+
+
+class AdapterSetup:
+    """Use a setup for the calls inside a `with` block, in this thread alone.
+
+    Semantics::
+
+        with AdapterSetup(Stack("a", "b")):
+            model(**inputs)             # as after model.set_active_adapters(Stack("a", "b"))
+
+    Args:
+        adapter_setup: as for `set_active_adapters`; None runs the model without adapters.
+        head_setup: the head to use; None leaves the choice as it is.
+
+    Raises:
+        ValueError: at the call of the model, for a name that the model does not have.
+    """
+
+    def __init__(self, adapter_setup: Setup | None, head_setup: str | None = None):
+        self.adapter_setup: AdapterCompositionBlock | None = parse_composition(adapter_setup)
+        self.head_setup = head_setup
+        self._outer: list[AdapterSetup | None] = []
+
+    def __enter__(self) -> "AdapterSetup":
+        self._outer.append(self.get_context())
+        _local.setup = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _local.setup = self._outer.pop()
+
+    @staticmethod
+    def get_context() -> "AdapterSetup | None":
+        """The innermost block that this thread is in."""
+        return getattr(_local, "setup", None)
+
+    @classmethod
+    def get_context_head_setup(cls) -> str | None:
+        """The head that this thread's innermost block asks for."""
+        context = cls.get_context()
+        return None if context is None else context.head_setup
+
+
+class ForwardContext:
+    """What one forward of a model is to report beside its outputs.
+
+    Args:
+        output_adapter_fusion_attentions: collect `adapter_fusion_attentions[fusion][layer][location]`,
+            [B, S, N] each.
+        output_adapter_gating_scores: collect `adapter_gating_scores[adapter][layer][location]`, [B]
+            each.
+    """
+
+    ARGUMENTS = ("output_adapter_fusion_attentions", "output_adapter_gating_scores")
+    """The keyword arguments that a patched model's forward takes for it."""
+
+    def __init__(
+        self,
+        output_adapter_fusion_attentions: bool = False,
+        output_adapter_gating_scores: bool = False,
+    ):
+        self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
+        self.output_adapter_gating_scores = output_adapter_gating_scores
+        self.adapter_fusion_attentions: dict = defaultdict(lambda: defaultdict(dict))
+        self.adapter_gating_scores: dict = defaultdict(lambda: defaultdict(dict))
+        self._outer: ForwardContext | None = None
+
+    def __enter__(self) -> "ForwardContext":
+        self._outer = self.get_context()
+        _local.forward = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _local.forward = self._outer
+
+    @staticmethod
+    def get_context() -> "ForwardContext | None":
+        """The forward that this thread is in."""
+        return getattr(_local, "forward", None)
+
+    def outputs(self) -> dict[str, dict[str, dict[int, dict[str, Tensor]]]]:
+        """What was asked for, by output name, as plain nested dictionaries."""
+        return {
+            argument.removeprefix("output_"): {
+                name: {layer: dict(places) for layer, places in layers.items()}
+                for name, layers in getattr(self, argument.removeprefix("output_")).items()
+            }
+            for argument in self.ARGUMENTS
+            if getattr(self, argument)
+        }

@@ -1,0 +1,410 @@
+"""Prediction heads, and the mixin that gives a model several of them by name.
+
+A head is an `nn.Sequential` at `heads.<name>`; its modules are numbered as in `adapters`, so that
+state dicts are interchangeable. `HEAD_TYPES` maps a configuration's `head_type` to its class.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+
+from .modules import check_module_name
+from .ops.activations import ACTIVATIONS, activation_code
+
+__all__ = [
+    "HEAD_TYPES",
+    "ClassificationHead",
+    "FlexibleHeadsMixin",
+    "MultiLabelClassificationHead",
+    "PredictionHead",
+    "head_from_config",
+]
+
+_PASSED_ON = ("adapter_fusion_attentions", "adapter_gating_scores", "adapter_input_parallelized")
+"""Outputs of the adapters that travel from the base model's output to the head's."""
+
+
+class _Activation(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.code = activation_code(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.code].forward(x)
+
+    def extra_repr(self) -> str:
+        return repr(self.name)
+
+
+def _dropout_prob(own: float | None, model_config: Any) -> float:
+    """The head's own probability, or the model's for classifiers, or for hidden states, or 0."""
+    keys = ("classifier_dropout", "hidden_dropout_prob")
+    inherited = (getattr(model_config, key, None) for key in keys)
+    return next((p for p in (own, *inherited) if p is not None), 0.0)
+
+
+class PredictionHead(nn.Sequential):
+    """Base of the heads: `layers` times (dropout, linear, activation) without the last activation.
+
+    A subclass names its `head_type`, fills `config` in its constructor (whose keyword arguments are
+    the configuration's keys) and computes its output in `forward`.
+    """
+
+    head_type: ClassVar[str]
+
+    def __init__(self, name: str, config: dict[str, Any]) -> None:
+        super().__init__()
+        check_module_name(name, "head_name")
+        self.name = name
+        self.config = {"head_type": self.head_type, **config}
+
+    def build_mlp(self, model: nn.Module, num_outputs: int) -> None:
+        """Append the modules, initialised by the model, on its device, in its dtype and mode."""
+        layers, activation = self.config["layers"], self.config["activation_function"]
+        if not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"layers: expected an int above 0; got {layers!r}")
+        if not isinstance(num_outputs, int) or num_outputs < 1:
+            raise ValueError(f"num_labels: expected an int above 0; got {num_outputs!r}")
+        dropout = _dropout_prob(self.config["dropout_prob"], model.config)
+        hidden_size = model.config.hidden_size
+        for _ in range(layers - 1):
+            self.append(nn.Dropout(dropout))
+            self.append(nn.Linear(hidden_size, hidden_size))
+            if activation is not None:
+                self.append(_Activation(activation))
+        self.append(nn.Dropout(dropout))
+        self.append(nn.Linear(hidden_size, num_outputs, bias=self.config["bias"]))
+        self.apply(model._init_weights)
+        self.to(device=model.device, dtype=model.dtype)
+        self.train(model.training)
+
+    def get_label_names(self) -> list[str]:
+        """Names of the forward arguments that carry this head's labels."""
+        return ["labels"]
+
+
+class ClassificationHead(PredictionHead):
+    """One label per sequence, from the first token; with `num_labels=1` a regression.
+
+    Args:
+        model: the model whose hidden size, dropout and initialisation the head takes.
+        head_name: its name in `model.heads`.
+        num_labels: size of the output; 1 is a regression.
+        layers: linear layers; all but the last are `hidden_size` wide.
+        activation_function: between the layers; None for none.
+        id2label: number -> label; by default LABEL_0, LABEL_1, ...
+        use_pooler: read the model's pooled output in place of the first token.
+        bias: whether the last layer has a bias.
+        dropout_prob: by default the model's `classifier_dropout`, then `hidden_dropout_prob`.
+
+    Raises:
+        ValueError: a value is not valid.
+    """
+
+    head_type = "classification"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head_name: str,
+        num_labels: int = 2,
+        layers: int = 2,
+        activation_function: str | None = "tanh",
+        id2label: Mapping[int, str] | None = None,
+        use_pooler: bool = False,
+        bias: bool = True,
+        dropout_prob: float | None = None,
+    ) -> None:
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        super().__init__(
+            head_name,
+            {
+                "num_labels": num_labels,
+                "layers": layers,
+                "activation_function": activation_function,
+                "label2id": {label: int(i) for i, label in id2label.items()},
+                "use_pooler": use_pooler,
+                "bias": bias,
+                "dropout_prob": dropout_prob,
+            },
+        )
+        self.build_mlp(model, num_labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of `logits` [B, num_labels]: cross-entropy, or squared error for one label."""
+        if self.config["num_labels"] == 1:
+            return F.mse_loss(logits.view(-1), labels.view(-1).to(logits.dtype))
+        return F.cross_entropy(logits, labels.view(-1))
+
+    def forward(
+        self,
+        outputs: ModelOutput | tuple,
+        cls_output: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool = False,
+        pooled_output: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """Logits [B, num_labels] and, with labels, their loss.
+
+        Args:
+            outputs: what the base model returned; the first entry is its last state [B, S, H].
+            cls_output: [B, H], read in place of the first token's state.
+            attention_mask: not read by this head.
+            return_dict: return transformers' output class in place of a tuple.
+            pooled_output: [B, H], needed with `use_pooler`.
+            labels: [B] class numbers; floats [B] for a regression, [B, num_labels] for multi-label.
+
+        Raises:
+            ValueError: `use_pooler` and no pooled output.
+        """
+        if cls_output is None and self.config["use_pooler"]:
+            if pooled_output is None:
+                raise ValueError(f"use_pooler: head {self.name!r} needs a model with a pooler")
+            cls_output = pooled_output
+        logits = super().forward(outputs[0][:, 0] if cls_output is None else cls_output)
+        loss = None if labels is None else self.loss(logits, labels)
+        if not return_dict:
+            return (() if loss is None else (loss,)) + (logits,) + tuple(outputs[1:])
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MultiLabelClassificationHead(ClassificationHead):
+    """Any number of labels per sequence; arguments as `ClassificationHead`."""
+
+    head_type = "multilabel_classification"
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean binary cross-entropy of `logits` [B, num_labels]."""
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+HEAD_TYPES: dict[str, type[PredictionHead]] = {
+    head.head_type: head for head in (ClassificationHead, MultiLabelClassificationHead)
+}
+"""`head_type` of a head's configuration -> class."""
+
+
+def head_from_config(model: nn.Module, name: str, config: Mapping[str, Any]) -> PredictionHead:
+    """Make the head that a configuration describes, without adding it to the model.
+
+    Args:
+        model: as in `ClassificationHead`.
+        name: the head's name.
+        config: its `head_type`, the constructor's arguments, and `label2id` or `id2label`.
+
+    Raises:
+        NotImplementedError: the head type is not supported.
+        ValueError: a key or value is not valid.
+    """
+    arguments = dict(config)
+    head_type = arguments.pop("head_type", None)
+    if head_type not in HEAD_TYPES:
+        raise NotImplementedError(
+            f"head_type: expected one of {', '.join(HEAD_TYPES)}; got {head_type!r}, which is not "
+            "supported yet"
+        )
+    label2id = arguments.pop("label2id", None)
+    if arguments.get("id2label") is None and label2id is not None:
+        arguments["id2label"] = {int(i): label for label, i in label2id.items()}
+    try:
+        return HEAD_TYPES[head_type](model, name, **arguments)
+    except TypeError as error:
+        raise ValueError(f"config of head {name!r}: {error}") from error
+
+
+class FlexibleHeadsMixin:
+    """Prediction heads by name, for a model class on top of transformers' `PreTrainedModel`.
+
+    The class calls `init_heads()` at the end of its constructor and `forward_head` at the end of
+    its forward.
+    """
+
+    heads: nn.ModuleDict
+
+    # The heads' losses are means over the batch: transformers' Trainer has to divide them by the
+    # number of accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def init_heads(self) -> None:
+        """Make the heads that `config.prediction_heads` lists."""
+        self.heads = nn.ModuleDict()
+        self._active_head: str | None = None
+        configs = getattr(self.config, "prediction_heads", None) or {}
+        self.config.prediction_heads = {}
+        for name, config in configs.items():
+            self.add_prediction_head_from_config(name, config)
+
+    def add_classification_head(
+        self,
+        head_name: str,
+        num_labels: int = 2,
+        layers: int = 2,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        multilabel: bool = False,
+        id2label: Mapping[int, str] | None = None,
+        use_pooler: bool = False,
+        bias: bool = True,
+        dropout_prob: float | None = None,
+    ) -> None:
+        """Add a head for sequence classification and make it the active one.
+
+        Args:
+            head_name: its name; an adapter of the same name brings it along when activated.
+            overwrite_ok: replace a head of this name.
+            multilabel: any number of labels per sequence, with binary cross-entropy.
+            num_labels, layers, activation_function, id2label, use_pooler, bias, dropout_prob: as
+                in `ClassificationHead`.
+
+        Raises:
+            ValueError: the name is taken or a value is not valid.
+        """
+        self._check_new_head(head_name, overwrite_ok)
+        head_class = MultiLabelClassificationHead if multilabel else ClassificationHead
+        head = head_class(
+            self,
+            head_name,
+            num_labels=num_labels,
+            layers=layers,
+            activation_function=activation_function,
+            id2label=id2label,
+            use_pooler=use_pooler,
+            bias=bias,
+            dropout_prob=dropout_prob,
+        )
+        self.add_prediction_head(head, overwrite_ok=overwrite_ok)
+
+    def add_prediction_head_from_config(
+        self,
+        head_name: str,
+        config: Mapping[str, Any],
+        overwrite_ok: bool = False,
+        set_active: bool = True,
+    ) -> None:
+        """Add the head that a configuration with `head_type` describes; see `head_from_config`."""
+        self._check_new_head(head_name, overwrite_ok)
+        head = head_from_config(self, head_name, config)
+        self.add_prediction_head(head, overwrite_ok=overwrite_ok, set_active=set_active)
+
+    def add_prediction_head(
+        self, head: PredictionHead, overwrite_ok: bool = False, set_active: bool = True
+    ) -> None:
+        """Add a head under its own name.
+
+        Raises:
+            ValueError: the name is taken and `overwrite_ok` is not set.
+        """
+        self._check_new_head(head.name, overwrite_ok)
+        self.heads[head.name] = head
+        self.config.prediction_heads[head.name] = head.config
+        if set_active:
+            self.active_head = head.name
+
+    def _check_new_head(self, name: str, overwrite_ok: bool) -> None:
+        if name in self.heads and not overwrite_ok:
+            raise ValueError(f"head_name: the model has a head {name!r}; pass overwrite_ok=True")
+
+    def delete_head(self, head_name: str) -> None:
+        """Remove a head; if it was active, none is afterwards.
+
+        Raises:
+            ValueError: there is no head of this name.
+        """
+        self._head(head_name)
+        del self.heads[head_name]
+        del self.config.prediction_heads[head_name]
+        if self._active_head == head_name:
+            self._active_head = None
+
+    @property
+    def active_head(self) -> str | None:
+        """The head that a forward runs through, or None for the base model's own output.
+
+        Setting it also sets the labels of `config`.
+        """
+        return self._active_head
+
+    @active_head.setter
+    def active_head(self, head_name: str | None) -> None:
+        if head_name is not None:
+            if not isinstance(head_name, str):
+                raise NotImplementedError(
+                    f"active_head: several heads at once ({head_name!r}) are not supported yet; "
+                    "they come with Parallel"
+                )
+            self.config.label2id = dict(self._head(head_name).config["label2id"])
+            self.config.id2label = self.get_labels_dict(head_name)
+        self._active_head = head_name
+
+    def _head(self, name: str | None) -> PredictionHead:
+        """A head by name, or the active one."""
+        if name is None:
+            name = self._active_head
+        if name is None:
+            raise ValueError("head_name: none given, and no head is active")
+        if name not in self.heads:
+            raise ValueError(f"head_name: expected one of {list(self.heads)}; got {name!r}")
+        return self.heads[name]
+
+    def head_type(self, head_name: str | None = None) -> str:
+        """The `head_type` of a head, by default the active one."""
+        return self._head(head_name).head_type
+
+    def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
+        """Number -> label of a head, by default the active one."""
+        return {i: label for label, i in self._head(head_name).config["label2id"].items()}
+
+    def get_labels(self, head_name: str | None = None) -> list[str]:
+        """The labels of a head, by default the active one."""
+        return list(self.get_labels_dict(head_name).values())
+
+    def forward_head(
+        self,
+        all_outputs: ModelOutput | tuple,
+        head_name: str | None = None,
+        cls_output: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool = False,
+        pooled_output: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
+        """Run a head on the base model's output.
+
+        Args:
+            all_outputs: the base model's output.
+            head_name: the head; None for the active one.
+            cls_output, attention_mask, return_dict, pooled_output: see the head's forward.
+            kwargs: further arguments of the head's forward, such as `labels`.
+
+        Returns:
+            The head's output; `all_outputs` where neither a name is given nor a head active.
+
+        Raises:
+            ValueError: there is no head of this name.
+        """
+        if head_name is None and self._active_head is None:
+            return all_outputs
+        output = self._head(head_name)(
+            all_outputs,
+            cls_output=cls_output,
+            attention_mask=attention_mask,
+            return_dict=return_dict,
+            pooled_output=pooled_output,
+            **kwargs,
+        )
+        if isinstance(output, ModelOutput) and isinstance(all_outputs, ModelOutput):
+            for key in _PASSED_ON:
+                if key in all_outputs:
+                    output[key] = all_outputs[key]
+        return output

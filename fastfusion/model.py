@@ -1,0 +1,560 @@
+"""What a user calls on a model: `init`, `restore`, and the methods that a patched model has."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .composition import AdapterCompositionBlock, Fuse, Setup, Stack, parse_composition
+from .configuration import AdapterConfig, AdapterFusionConfig, ModelAdaptersConfig
+from .context import AdapterSetup, ForwardContext
+from .layer import AdapterLayer
+from .modules import Adapter, AdapterFusion, check_module_name
+from .ops import backends
+from .patching import Architecture, architecture_of, patch, unpatch
+from .patching.architectures import Place
+
+
+class ModelAdapters:
+    """What all places of one model share.
+
+    Args:
+        base_model: the transformers model without its head.
+        architecture: its table entry.
+        backend: see `init`.
+    """
+
+    def __init__(self, base_model: nn.Module, architecture: Architecture, backend: str | None):
+        self.config = ModelAdaptersConfig()
+        self.backend = backend
+        self.model_config = base_model.config
+        self.attention_dropout = float(
+            getattr(base_model.config, architecture.attention_dropout, 0.0) or 0.0
+        )
+        self.requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
+        self.frozen = False
+        self.layers, self.done = patch(base_model, architecture, self._make_layer)
+
+    def _make_layer(self, place: Place) -> AdapterLayer:
+        return AdapterLayer(self, place.layer_idx, place.location)
+
+    def update_plans(self) -> None:
+        """Lower the active setup again at every place."""
+        for layer in self.layers:
+            layer.update_plan()
+
+    def modules(self, name: str) -> Iterator[tuple[AdapterLayer, Adapter]]:
+        """An adapter's modules, place by place."""
+        for layer in self.layers:
+            if name in layer.adapters:
+                yield layer, layer.adapters[name]
+
+    def fusion_modules(self, name: str) -> Iterator[tuple[AdapterLayer, AdapterFusion]]:
+        """A fusion's modules, place by place."""
+        for layer in self.layers:
+            if name in layer.adapter_fusion_layer:
+                yield layer, layer.adapter_fusion_layer[name]
+
+    def check_setup(self, setup: AdapterCompositionBlock | None) -> None:
+        """Raise a ValueError unless the model has every adapter and fusion of a setup."""
+        if setup is None:
+            return
+        known = ", ".join(self.config.adapters) or "none"
+        for name in sorted(setup.flatten()):
+            if name not in self.config.adapters:
+                raise ValueError(f"setup: expected adapters of the model ({known}); got {name!r}")
+        for fuse in _fuses(setup):
+            if fuse.name not in self.config.fusions:
+                fusions = ", ".join(map(repr, self.config.fusions)) or "none"
+                raise ValueError(
+                    f"setup: expected a fusion of the model ({fusions}); got {fuse.name!r}. "
+                    f"Add it first: model.add_adapter_fusion({fuse!r})"
+                )
+            names = [child if isinstance(child, str) else child.last() for child in fuse]
+            if names != list(self.config.fusion_names[fuse.name]):
+                raise ValueError(
+                    f"setup: fusion {fuse.name!r} is over "
+                    f"{list(self.config.fusion_names[fuse.name])}; got {names}"
+                )
+
+
+def _fuses(setup: Setup) -> Iterator[Fuse]:
+    if isinstance(setup, Fuse):
+        yield setup
+    if not isinstance(setup, str):
+        for child in setup:
+            yield from _fuses(child)
+
+
+def _is_recording_train_step(model: nn.Module) -> bool:
+    return model.training and torch.is_grad_enabled()
+
+
+class ModelAdaptersMixin:
+    """The methods of a model with adapters; their names and results are those of `adapters`."""
+
+    model_adapters: ModelAdapters
+
+    # -- state ----------------------------------------------------------------------------------
+
+    @property
+    def adapters_config(self) -> ModelAdaptersConfig:
+        """The adapters, fusions and the active setup of this model."""
+        return self.model_adapters.config
+
+    @property
+    def model_frozen(self) -> bool:
+        """Whether `train_adapter`, `train_adapter_fusion` or `freeze_model` froze the base model."""
+        return self.model_adapters.frozen
+
+    def has_adapters(self) -> bool:
+        """Whether any adapter was added."""
+        return len(self.adapters_config.adapters) > 0
+
+    def set_backend(self, backend: str | None) -> None:
+        """Choose what runs the adapters: see `fastfusion.init`."""
+        backends.check_name(backend)
+        self.model_adapters.backend = backend
+
+    @property
+    def active_adapters(self) -> AdapterCompositionBlock | None:
+        """The setup that every forward runs; assigning is `set_active_adapters`."""
+        return self.adapters_config.active_setup
+
+    @active_adapters.setter
+    def active_adapters(self, setup: Any) -> None:
+        self.set_active_adapters(setup)
+
+    def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
+        """Choose the adapters that every forward runs.
+
+        Args:
+            adapter_setup: an adapter's name, a block, or None for no adapters.
+            skip_layers: numbers of layers that run without adapters (AdapterDrop, Rückle et al.
+                2021).
+
+        Raises:
+            ValueError: an adapter or fusion that the model does not have, or a forbidden nesting.
+        """
+        setup = parse_composition(adapter_setup)
+        self.model_adapters.check_setup(setup)
+        self.adapters_config.active_setup = setup
+        self.adapters_config.skip_layers = list(skip_layers or [])
+        self.model_adapters.update_plans()
+        if setup is not None and isinstance(setup.children[-1], str) and isinstance(setup, Stack):
+            self._activate_head_of(setup.children[-1])
+
+    def _activate_head_of(self, adapter_name: str) -> None:
+        """Models with flexible heads run the head of the adapter's name where there is one."""
+
+    # -- adding and deleting --------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any = None,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+    ) -> None:
+        """Add a fresh bottleneck adapter.
+
+        Args:
+            adapter_name: its name.
+            config: a config, a mapping, a name such as "seq_bn", a path or a config string; None is
+                "seq_bn".
+            overwrite_ok: replace an adapter of that name.
+            set_active: also make it the active setup.
+
+        Raises:
+            ValueError: the name is taken or cannot be used, or the config is wrong.
+            NotImplementedError: a kind of adapter that is not supported yet.
+        """
+        check_module_name(adapter_name, "adapter_name")
+        config = AdapterConfig.load(config)
+        config.check_supported()
+        if adapter_name in self.adapters_config.adapters and not overwrite_ok:
+            raise ValueError(
+                f"adapter_name: an adapter {adapter_name!r} exists; pass overwrite_ok=True to "
+                "replace it"
+            )
+        hidden_size = self.config.hidden_size
+        new = [
+            (layer, Adapter(config, hidden_size, config.bottleneck_size(hidden_size, layer.layer_idx)))
+            for layer in self.model_adapters.layers
+            if config.match(layer.layer_idx, layer.location)
+        ]
+        # modules of the old adapter may lie where the new one has none
+        for layer, _ in list(self.model_adapters.modules(adapter_name)):
+            del layer.adapters[adapter_name]
+        for layer, module in new:
+            layer.adapters[adapter_name] = self._placed(module)
+        self.adapters_config.adapters[adapter_name] = config
+        self.model_adapters.update_plans()
+        if set_active:
+            self.set_active_adapters(adapter_name)
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        base = self.base_model
+        return module.to(device=base.device, dtype=base.dtype).train(base.training)
+
+    def delete_adapter(self, adapter_name: str, force: bool = False) -> None:
+        """Remove an adapter.
+
+        Args:
+            adapter_name: its name.
+            force: remove it although the active setup runs it; nothing is active afterwards.
+
+        Raises:
+            ValueError: there is no such adapter, or the active setup or a fusion needs it.
+        """
+        if adapter_name not in self.adapters_config.adapters:
+            raise ValueError(f"adapter_name: the model has no adapter {adapter_name!r}")
+        active = self.active_adapters
+        if active is not None and adapter_name in active.flatten():
+            if not force:
+                raise ValueError(
+                    f"adapter_name: {adapter_name!r} is part of the active setup {active!r}; "
+                    "deactivate it first or pass force=True"
+                )
+            self.set_active_adapters(None)
+        for layer, _ in list(self.model_adapters.modules(adapter_name)):
+            del layer.adapters[adapter_name]
+        del self.adapters_config.adapters[adapter_name]
+        self.model_adapters.update_plans()
+
+    def add_adapter_fusion(
+        self,
+        adapter_names: Fuse | Sequence[str] | str,
+        config: Any = None,
+        name: str | None = None,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+    ) -> None:
+        """Add a fresh fusion layer over adapters.
+
+        Args:
+            adapter_names: a Fuse, a list of names, or "a,b,c".
+            config: a config, a mapping, "dynamic" (None) or "static".
+            name: the fusion's name; by default the Fuse's, or the names joined by commas.
+            overwrite_ok: replace a fusion of that name.
+            set_active: also make the Fuse the active setup.
+
+        Raises:
+            ValueError: unknown adapters, a name that is taken, or adapters that sit at different
+                locations.
+        """
+        names, name = _fusion_names(adapter_names, name)
+        check_module_name(name, "name")
+        config = AdapterFusionConfig.load(config)
+        for adapter_name in names:
+            if adapter_name not in self.adapters_config.adapters:
+                raise ValueError(f"adapter_names: the model has no adapter {adapter_name!r}")
+        if name in self.adapters_config.fusions and not overwrite_ok:
+            raise ValueError(
+                f"name: a fusion {name!r} exists; pass overwrite_ok=True to replace it"
+            )
+        configs = [self.adapters_config.adapters[n] for n in names]
+        for location in ("mh_adapter", "output_adapter", "cross_adapter"):
+            flags = [bool(c[location]) for c in configs]
+            if len(set(flags)) > 1:
+                raise ValueError(
+                    f"adapter_names: expected adapters at the same locations; {location} is "
+                    f"{dict(zip(names, flags, strict=True))}"
+                )
+        dropout = self.model_adapters.attention_dropout
+        hidden_size = self.config.hidden_size
+        for layer in self.model_adapters.layers:
+            if name in layer.adapter_fusion_layer:
+                del layer.adapter_fusion_layer[name]
+            # as adapters does: in layers too that an adapter leaves out
+            if configs[0][layer.location]:
+                fusion = AdapterFusion(config, hidden_size, dropout)
+                layer.adapter_fusion_layer[name] = self._placed(fusion)
+        self.adapters_config.fusions[name] = config
+        self.adapters_config.fusion_names[name] = names
+        self.model_adapters.update_plans()
+        if set_active:
+            self.set_active_adapters(
+                adapter_names if isinstance(adapter_names, Fuse) else Fuse(*names, name=name)
+            )
+
+    add_fusion = add_adapter_fusion
+
+    def delete_adapter_fusion(
+        self, adapter_names: Fuse | Sequence[str] | str, force: bool = False
+    ) -> None:
+        """Remove a fusion layer.
+
+        Args:
+            adapter_names: a Fuse, a list of names, or the fusion's name.
+            force: remove it although the active setup runs it; nothing is active afterwards.
+
+        Raises:
+            ValueError: there is no such fusion, or the active setup runs it.
+        """
+        name = self._fusion_name(adapter_names)
+        active = self.active_adapters
+        if active is not None and name in {fuse.name for fuse in _fuses(active)}:
+            if not force:
+                raise ValueError(
+                    f"adapter_names: {name!r} is part of the active setup {active!r}; "
+                    "deactivate it first or pass force=True"
+                )
+            self.set_active_adapters(None)
+        for layer, _ in list(self.model_adapters.fusion_modules(name)):
+            del layer.adapter_fusion_layer[name]
+        del self.adapters_config.fusions[name], self.adapters_config.fusion_names[name]
+        self.model_adapters.update_plans()
+
+    def _fusion_name(self, adapter_names: Fuse | Sequence[str] | str) -> str:
+        name = adapter_names if isinstance(adapter_names, str) else _fusion_names(adapter_names)[1]
+        if name not in self.adapters_config.fusions:
+            known = ", ".join(map(repr, self.adapters_config.fusions)) or "none"
+            raise ValueError(f"adapter_names: expected a fusion of the model ({known}); got {name!r}")
+        return name
+
+    # -- training -------------------------------------------------------------------------------
+
+    def freeze_model(self, freeze: bool = True) -> None:
+        """Freeze or unfreeze all weights of the base model, adapters and fusions included."""
+        for parameter in self.base_model.parameters():
+            parameter.requires_grad = not freeze
+        self.model_adapters.frozen = freeze
+
+    def train_adapter(self, adapter_setup: Any) -> None:
+        """Activate a setup and train its adapters: everything else in the base model is frozen.
+
+        Raises:
+            ValueError: as `set_active_adapters`.
+        """
+        self._train_setup(adapter_setup, adapters=True, fusions=False)
+
+    def train_adapter_fusion(self, adapter_setup: Any, unfreeze_adapters: bool = False) -> None:
+        """Activate a setup and train its fusion: everything else in the base model is frozen.
+
+        Args:
+            adapter_setup: a Fuse, or a Stack with Fuses in it.
+            unfreeze_adapters: train the setup's adapters too.
+
+        Raises:
+            ValueError: as `set_active_adapters`, or the setup has no Fuse.
+        """
+        setup = parse_composition(adapter_setup)
+        if setup is None or not any(_fuses(setup)):
+            raise ValueError(f"adapter_setup: expected a Fuse or a Stack with one; got {setup!r}")
+        self._train_setup(setup, adapters=unfreeze_adapters, fusions=True)
+
+    train_fusion = train_adapter_fusion
+
+    def _train_setup(self, adapter_setup: Any, adapters: bool, fusions: bool) -> None:
+        setup = parse_composition(adapter_setup)
+        if setup is None:
+            raise ValueError("adapter_setup: expected one or more adapters to train; got none")
+        self.set_active_adapters(setup)
+        self.base_model.train()
+        self.freeze_model(True)
+        trained: list[Iterable] = []
+        if adapters:
+            trained += [self.model_adapters.modules(name) for name in setup.flatten()]
+        if fusions:
+            trained += [self.model_adapters.fusion_modules(fuse.name) for fuse in _fuses(setup)]
+        for modules in trained:
+            for _, module in modules:
+                module.requires_grad_(True)
+
+    def get_fusion_regularization_loss(self) -> Tensor | None:
+        """The regulariser of every trained value matrix, or None where none is trained.
+
+        Semantics::
+
+            0.01 * sum(((I - value.weight) ** 2).sum() for value in trained value matrices)
+        """
+        values = [
+            fusion.value.weight
+            for layer in self.model_adapters.layers
+            for fusion in layer.adapter_fusion_layer.values()
+            if fusion.config["value"] and fusion.value.weight.requires_grad
+        ]
+        return reference.fusion_regularization(values) if values else None
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def get_adapter(self, name: str) -> dict[int, dict[str, Adapter]]:
+        """An adapter's modules as `{layer: {location: module}}`."""
+        if name not in self.adapters_config.adapters:
+            raise ValueError(f"name: the model has no adapter {name!r}")
+        found: dict[int, dict[str, Adapter]] = {}
+        for layer, module in self.model_adapters.modules(name):
+            found.setdefault(layer.layer_idx, {})[layer.location] = module
+        return found
+
+    def adapter_to(self, name: str, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Move an adapter, or cast it."""
+        self.get_adapter(name)
+        for layer, module in self.model_adapters.modules(name):
+            module.to(device=device, dtype=dtype)
+            layer.packs.drop()
+
+    def adapter_fusion_to(
+        self,
+        adapter_names: Fuse | Sequence[str] | str,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Move a fusion layer, or cast it."""
+        for layer, module in self.model_adapters.fusion_modules(self._fusion_name(adapter_names)):
+            module.to(device=device, dtype=dtype)
+            layer.packs.drop()
+
+    def adapter_summary(self, as_dict: bool = False) -> str | list[dict[str, Any]]:
+        """Name, kind, size, activity and training of every adapter, and of the model without them.
+
+        Args:
+            as_dict: a list of rows in place of a table.
+        """
+        rows = []
+        active = set() if self.active_adapters is None else self.active_adapters.flatten()
+        for name in self.adapters_config.adapters:
+            parameters = [p for _, m in self.model_adapters.modules(name) for p in m.parameters()]
+            rows.append(
+                {
+                    "name": name,
+                    "architecture": "bottleneck",
+                    "active": name in active,
+                    "#param": sum(p.numel() for p in parameters),
+                    "train": all(p.requires_grad for p in parameters),
+                }
+            )
+        total = sum(p.numel() for p in self.base_model.parameters())
+        total -= sum(row["#param"] for row in rows)
+        for row in rows:
+            row["%param"] = row["#param"] / total * 100
+        rows.append(
+            {"name": "Full model", "#param": total, "%param": 100.0, "train": not self.model_frozen}
+        )
+        if as_dict:
+            return rows
+        line = "{:<25}{:<15}{:>12,}{:>12.3f}{:>8}{:>8}".format
+        header = "{:<25}{:<15}{:>12}{:>12}{:>8}{:>8}".format
+        columns = ("name", "architecture", "#param", "%param", "active", "train")
+        body = [line(*(row.get(column, "") for column in columns)) for row in rows]
+        table = [header("Name", "Architecture", "#Param", "%Param", "Active", "Train"), *body]
+        table[1:1] = table[-1:-1] = ["-" * 80]
+        return "\n".join(["=" * 80, *table, "=" * 80])
+
+    # -- forward --------------------------------------------------------------------------------
+
+    def _forward_with_adapters(self, forward, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A model's forward with what the adapters need around it."""
+        asked = {name: kwargs.pop(name) for name in ForwardContext.ARGUMENTS if name in kwargs}
+        setup = AdapterSetup.get_context()
+        if setup is not None:
+            self.model_adapters.check_setup(setup.adapter_setup)
+        context = ForwardContext(**asked) if any(asked.values()) else None
+        with nullcontext() if context is None else context:
+            outputs = forward(*args, **kwargs)
+        self._advance_temperatures()
+        if context is not None:
+            for name, value in context.outputs().items():
+                if isinstance(outputs, tuple):
+                    outputs = (*outputs, value)
+                else:
+                    setattr(outputs, name, value)
+        return outputs
+
+    def _advance_temperatures(self) -> None:
+        """Once per training step, outside what gradient checkpointing recomputes."""
+        recording = _is_recording_train_step(self)
+        context = AdapterSetup.get_context()
+        setup = self.active_adapters if context is None else context.adapter_setup
+        for fuse in _fuses(setup) if setup is not None else ():
+            config = self.adapters_config.fusions[fuse.name]
+            if config["temperature"] and (recording or config.peer_temperature):
+                for _, module in self.model_adapters.fusion_modules(fuse.name):
+                    module.advance_temperature()
+
+
+def _fusion_names(
+    adapter_names: Fuse | Sequence[str] | str, name: str | None = None
+) -> tuple[list[str], str]:
+    """The names of a fusion's adapters, and its own."""
+    if isinstance(adapter_names, Fuse):
+        names = [child if isinstance(child, str) else child.last() for child in adapter_names]
+        return names, name or adapter_names.name
+    names = adapter_names.split(",") if isinstance(adapter_names, str) else list(adapter_names)
+    return names, name or ",".join(names)
+
+
+@functools.cache
+def _patched_class(original: type) -> type:
+    """The subclass that a patched instance becomes one of; it keeps the name for saved configs."""
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        return self._forward_with_adapters(super(patched, self).forward, args, kwargs)
+
+    members = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+    members["__wrapped_class__"] = original
+    patched = type(original.__name__, (ModelAdaptersMixin, original), members)
+    patched.__qualname__ = original.__qualname__
+    return patched
+
+
+def init(model: nn.Module, backend: str | None = None) -> None:
+    """Let a transformers model carry adapters, in place.
+
+    Only this instance changes: its places of adapters get forwards of their own and it gains the
+    methods of `ModelAdaptersMixin`. Its parameters and their names stay. A second call is harmless.
+
+    Args:
+        model: a transformers model of a supported architecture, with or without a head.
+        backend: what runs the adapters: "reference" (the literal formulas), "torch", "cpp",
+            "triton", or None to choose by device, dtype and shape.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: an architecture or backend that is not supported, or a model that another
+            library patched.
+    """
+    backends.check_name(backend)
+    if isinstance(model, ModelAdaptersMixin) and "model_adapters" in model.__dict__:
+        if backend is not None:
+            model.set_backend(backend)
+        return
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
+        raise TypeError(f"model: expected a transformers model; got {type(model).__name__}")
+    architecture = architecture_of(config.model_type)
+    model.model_adapters = ModelAdapters(model.base_model, architecture, backend)
+    if not isinstance(model, ModelAdaptersMixin):
+        model.__class__ = _patched_class(type(model))
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `init`: the model as it was, without adapters, bit for bit.
+
+    Raises:
+        ValueError: the model was not patched by `init`.
+    """
+    if "model_adapters" not in getattr(model, "__dict__", {}):
+        raise ValueError("model: expected a model that fastfusion.init patched")
+    if "__wrapped_class__" not in type(model).__dict__:
+        raise ValueError(
+            f"model: {type(model).__name__} has adapters by its class; take model.base_model"
+        )
+    state = model.model_adapters
+    unpatch(state.done)
+    for name, parameter in model.base_model.named_parameters():
+        parameter.requires_grad = state.requires_grad[name]
+    del model.model_adapters
+    model.__class__ = type(model).__wrapped_class__
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop the packed weights: after writes to parameters that leave no trace, as through `.data`."""
+    for layer in model.model_adapters.layers:
+        layer.packs.drop()

@@ -1,0 +1,202 @@
+"""The modules that hold adapters and fusion layers: parameters, their names and their first values.
+
+State-dict keys are those of `adapters`: `adapters.<name>.adapter_down.0.weight`,
+`adapter_fusion_layer.<name>.query.weight`, ...
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .absorb import Attention, Bottleneck
+from .configuration import AdapterFusionConfig, BnConfig
+from .ops.activations import activation_code
+
+
+def _init_bert(linear: nn.Linear) -> None:
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+
+
+def _init_mam_down(linear: nn.Linear) -> None:
+    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+    nn.init.zeros_(linear.bias)
+
+
+def _init_zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _init_houlsby(linear: nn.Linear) -> None:
+    nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+    nn.init.zeros_(linear.bias)
+
+
+_RESERVED = frozenset(dir(nn.ModuleDict()))
+
+_INITIALIZERS: dict[str, tuple[Callable, Callable]] = {
+    "bert": (_init_bert, _init_bert),
+    "mam_adapter": (_init_mam_down, _init_zero),
+    "houlsby": (_init_houlsby, _init_houlsby),
+}
+"""init_weights -> how the down- and the up-projection start (He et al. 2022; Houlsby et al. 2019)."""
+
+
+class Adapter(nn.Module):
+    """The parameters of one bottleneck adapter at one place.
+
+    Args:
+        config: its config.
+        hidden_size: H.
+        bottleneck_size: d.
+
+    """
+
+    def __init__(self, config: BnConfig, hidden_size: int, bottleneck_size: int):
+        super().__init__()
+        self.config = config
+        self.activation = activation_code(config["non_linearity"])
+        if config["init_weights_seed"]:
+            torch.manual_seed(config["init_weights_seed"])
+        down = nn.Linear(hidden_size, bottleneck_size)
+        if config["ln_before"]:
+            # adapters keeps the norm under two names: its own and the first of adapter_down
+            self.adapter_norm_before = nn.LayerNorm(hidden_size)
+            self.adapter_down = nn.Sequential(self.adapter_norm_before, down)
+        else:
+            self.adapter_down = nn.Sequential(down)
+        self.adapter_up = nn.Linear(bottleneck_size, hidden_size)
+        if config["scaling"] in ("learned", "channel"):
+            self.scaling = nn.Parameter(
+                torch.ones(1 if config["scaling"] == "learned" else hidden_size)
+            )
+        else:
+            self.scaling = float(config["scaling"])
+        if config["ln_after"]:
+            self.adapter_norm_after = nn.LayerNorm(hidden_size)
+        init_down, init_up = _INITIALIZERS[config["init_weights"]]
+        init_down(down)
+        init_up(self.adapter_up)
+        if config["use_gating"]:
+            self.gate = nn.Linear(hidden_size, 1)
+            _init_bert(self.gate)
+
+    def bottleneck(self) -> Bottleneck:
+        """The parameters that make the scaled up-projection."""
+        down, up = self.adapter_down[-1], self.adapter_up
+        norm = self.adapter_down[0] if self.config["ln_before"] else None
+        return Bottleneck(
+            down.weight,
+            down.bias,
+            up.weight,
+            up.bias,
+            self.scaling,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            self.activation,
+        )
+
+    def is_plain(self) -> bool:
+        """Whether the output is the scaled up-projection plus the residual and nothing else."""
+        config = self.config
+        return not (
+            config["use_gating"]
+            or config["ln_after"]
+            or (self.training and (config["dropout"] or config["stochastic_depth"]))
+        )
+
+
+class AdapterFusion(nn.Module):
+    """The parameters of one fusion layer at one place.
+
+    Args:
+        config: its config.
+        hidden_size: H.
+        dropout: of the scores, where the config does not say (the model's attention dropout).
+    """
+
+    INITIAL_TEMPERATURE = 50.0
+
+    def __init__(self, config: AdapterFusionConfig, hidden_size: int, dropout: float):
+        super().__init__()
+        self.config = config
+        self.dropout = dropout if config["dropout_prob"] is None else config["dropout_prob"]
+        if not (config["query"] or config["key"] or config["value"]):
+            # saved and loaded as adapters does, and as there used by nothing
+            self.dense = nn.Linear(hidden_size, 1)
+        for name in ("query", "key"):
+            if config[name]:
+                self.add_module(name, nn.Linear(hidden_size, hidden_size))
+                _init_bert(getattr(self, name))
+        if config["value"]:
+            self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+            nn.init.normal_(self.value.weight, std=0.02)
+            if config["value_initialized"]:
+                with torch.no_grad():
+                    self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
+        if config["temperature"]:
+            start = torch.tensor(self.INITIAL_TEMPERATURE)
+            self.register_buffer("temperature", start, persistent=False)
+        else:
+            self.temperature = None
+
+    def attention(self) -> Attention:
+        """The parameters that weigh and transform the adapters' outputs."""
+        query, key, value = (self._modules.get(name) for name in ("query", "key", "value"))
+        return Attention(
+            None if query is None else query.weight,
+            None if query is None else query.bias,
+            None if key is None else key.weight,
+            None if key is None else key.bias,
+            None if value is None else value.weight,
+        )
+
+    def advance_temperature(self) -> None:
+        """One step of the decay from 50 to 1, in a new tensor: the old one may wait for a backward."""
+        step = self.INITIAL_TEMPERATURE / 1000.0
+        self.temperature = (self.temperature - step).clamp(min=1.0)
+
+    def is_absorbable(self) -> bool:
+        """Whether the absorbed form exists: `residual_before` feeds the residual into key and value."""
+        return not self.config["residual_before"]
+
+
+class NamedModules(nn.ModuleDict):
+    """Modules by name that report when their parameters may have changed.
+
+    Args:
+        on_change: called by `train()`, `eval()`, `to()` and its kin, and by loading a state dict.
+    """
+
+    def __init__(self, on_change: Callable[[], None]):
+        super().__init__()
+        self._on_change = on_change
+
+    def train(self, mode: bool = True):
+        self._on_change()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._on_change()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._on_change()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+
+def check_module_name(name: str, argument: str = "name") -> None:
+    """Raise a ValueError for a name that cannot be a key of a state dict."""
+    if not isinstance(name, str) or not name or "." in name or name in _RESERVED:
+        raise ValueError(
+            f"{argument}: expected a name without dots that is no attribute of torch.nn.ModuleDict; "
+            f"got {name!r}"
+        )
+
+
+def parameters_by_name(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters under the names that files use, as the reference takes them."""
+    return dict(module.named_parameters(remove_duplicate=False))

@@ -1,0 +1,366 @@
+"""The library's two ops: a mixture of bottlenecks, alone and with the sub-layer's norms around it.
+
+    torch.ops.fastfusion.adapter_fusion        out = residual + sum_i p_i (V_i z_i + v_i)
+    torch.ops.fastfusion.adapter_fusion_norm   the same between the model's residual and LayerNorm
+
+Schema, fake implementation, autograd and the call of the backend stand here; the mathematics is in
+the backends. Weights arrive packed (`fastfusion.absorb`); the same op serves AdapterFusion in its
+absorbed and its factored form and, without score weights, a single adapter.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
+
+_WEIGHTS = (
+    "Tensor w_down, Tensor b_down, Tensor? w_score, Tensor? b_score, Tensor w_out, "
+    "Tensor? temperature, Tensor? mask"
+)
+_TAIL = "int[] sizes, int[] activations"
+
+_LIBRARY.define(
+    f"adapter_fusion(Tensor[] x, Tensor? query, Tensor? residual, {_WEIGHTS}, "
+    f"Tensor? score_offset, {_TAIL}, str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "adapter_fusion_backward(Tensor grad_out, Tensor[] x, Tensor? query, "
+    f"{_WEIGHTS}, Tensor p, {_TAIL}, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "adapter_fusion_norm(Tensor hidden, Tensor input, Tensor ln_weight, Tensor ln_bias, "
+    f"float ln_eps, bool ln_before, {_WEIGHTS}, {_TAIL}, bool save, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "adapter_fusion_norm_backward(Tensor grad_out, Tensor? hidden, Tensor summed, Tensor pre_norm, "
+    "Tensor ln_weight, Tensor ln_bias, float ln_eps, bool ln_before, "
+    f"{_WEIGHTS}, Tensor p, {_TAIL}, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _register(name: str) -> None:
+    """The op calls the function of the same name in the backend that its last argument names."""
+
+    def implementation(*args):
+        *args, backend = args
+        return getattr(backends.load(backend), name)(*args)
+
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+for _name in (
+    "adapter_fusion",
+    "adapter_fusion_backward",
+    "adapter_fusion_norm",
+    "adapter_fusion_norm_backward",
+):
+    _register(_name)
+
+
+def _check(x: Tensor, name: str, weights: tuple, sizes: list[int], activations: list[int]) -> None:
+    w_down, _, w_score, _, w_out, _, mask = weights
+    columns, adapters, hidden_size = sum(sizes), len(sizes), w_down.shape[-1]
+    if x.dim() != 2 or x.shape[-1] != hidden_size:
+        raise ValueError(f"{name}: expected [T, {hidden_size}]; got {list(x.shape)}")
+    if w_down.shape[0] != columns:
+        raise ValueError(f"w_down: expected {columns} rows for sizes {sizes}; got {w_down.shape[0]}")
+    if len(activations) != adapters:
+        raise ValueError(f"activations: expected {adapters}; got {len(activations)}")
+    if w_score is None and adapters != 1:
+        raise ValueError(f"w_score: needed to weigh {adapters} adapters; got None")
+    for weight_name, weight in (("w_score", w_score), ("w_out", w_out)):
+        if weight is not None and weight.shape[0] < columns + adapters:
+            raise ValueError(
+                f"{weight_name}: expected {columns + adapters} rows or more; got {weight.shape[0]}"
+            )
+    if mask is not None and list(mask.shape) != [x.shape[0], adapters]:
+        raise ValueError(f"mask: expected [{x.shape[0]}, {adapters}]; got {list(mask.shape)}")
+
+
+def _attention_like(x: Tensor, w_score: Tensor | None, sizes: list[int]) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    shape = [0] if w_score is None else [x.shape[0], len(sizes)]
+    return x.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion", lib=_LIBRARY)
+def _(x, query, residual, *args):
+    *weights, score_offset, sizes, activations, backend = args
+    for i, x_i in enumerate(x):
+        _check(x_i, f"x[{i}]", tuple(weights), sizes, activations)
+    return x[0].new_empty(x[0].shape), _attention_like(x[0], weights[2], sizes)
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion_norm", lib=_LIBRARY)
+def _(hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *args):
+    *weights, sizes, activations, save, backend = args
+    _check(hidden, "hidden", tuple(weights), sizes, activations)
+    p = _attention_like(hidden, weights[2], sizes)
+    saved = [hidden.new_empty(hidden.shape if save else [0]) for _ in range(2)]
+    return hidden.new_empty(hidden.shape), p, *saved
+
+
+def _weight_grads_like(like: Tensor, w_down, b_down, w_score, b_score, w_out, needs) -> list:
+    needs_down, needs_score, needs_out = needs
+    pairs = [(w_down, needs_down), (b_down, needs_down), (w_score, needs_score)]
+    pairs += [(b_score, needs_score), (w_out, needs_out)]
+    return [
+        like.new_empty(w.shape) if need and w is not None else like.new_empty(0)
+        for w, need in pairs
+    ]
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion_backward", lib=_LIBRARY)
+def _(grad_out, x, query, *args):
+    *weights, _, _, p, sizes, activations, needs, backend = args
+    needs_x, needs_query, *needs_weights, needs_offset = needs
+    rows, hidden_size = grad_out.shape
+    dx = grad_out.new_empty([len(x), rows, hidden_size] if needs_x else [0])
+    dquery = grad_out.new_empty([rows, hidden_size] if needs_query else [0])
+    doffset = grad_out.new_empty([rows] if needs_offset else [0])
+    return dx, dquery, *_weight_grads_like(grad_out, *weights, needs_weights), doffset
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion_norm_backward", lib=_LIBRARY)
+def _(grad_out, hidden, summed, pre_norm, ln_weight, ln_bias, ln_eps, ln_before, *args):
+    *weights, _, _, p, sizes, activations, needs, backend = args
+    needs_x, *needs_weights = needs
+    dhidden = grad_out.new_empty(grad_out.shape if needs_x else [0])
+    dinput = grad_out.new_empty(grad_out.shape if needs_x and not ln_before else [0])
+    return dhidden, dinput, *_weight_grads_like(grad_out, *weights, needs_weights)
+
+
+def _given(needed: bool, grad: Tensor) -> Tensor | None:
+    return grad if needed else None
+
+
+def _setup_adapter_fusion(ctx, inputs, output):
+    x, query, residual, *weights, _, sizes, activations, backend = inputs
+    ctx.num_inputs = len(x)
+    ctx.save_for_backward(*x, query, *weights, output[1])
+    ctx.sizes, ctx.activations, ctx.backend = sizes, activations, backend
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_adapter_fusion(ctx, grad_out, _):
+    num_inputs = ctx.num_inputs
+    needs_x, needs_query, needs_residual, *needs_weights = ctx.needs_input_grad[:8]
+    needs_offset = ctx.needs_input_grad[10]
+    *saved, p = ctx.saved_tensors
+    x, query, weights = saved[:num_inputs], saved[num_inputs], saved[num_inputs + 1 :]
+    any_x = any(needs_x) if isinstance(needs_x, (list, tuple)) else needs_x
+    needs_down, needs_score = any(needs_weights[:2]), any(needs_weights[2:4])
+    needs = [any_x, needs_query, needs_down, needs_score, needs_weights[4], needs_offset]
+    if grad_out is None:
+        return [None] * num_inputs, *(None,) * 13
+    dx, dquery, *dweights, doffset = torch.ops.fastfusion.adapter_fusion_backward(
+        grad_out.contiguous(), x, query, *weights, p, ctx.sizes, ctx.activations, needs, ctx.backend
+    )
+    dx_list = list(dx.unbind(0)) if any_x else [None] * num_inputs
+    return (
+        dx_list,
+        _given(needs_query, dquery),
+        _given(needs_residual, grad_out),
+        *map(_given, needs_weights, dweights),
+        None,
+        None,
+        _given(needs_offset, doffset),
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "fastfusion::adapter_fusion",
+    _backward_adapter_fusion,
+    setup_context=_setup_adapter_fusion,
+    lib=_LIBRARY,
+)
+
+
+def _setup_adapter_fusion_norm(ctx, inputs, output):
+    hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *rest = inputs
+    *weights, sizes, activations, save, backend = rest
+    _, p, summed, pre_norm = output
+    kept_hidden = None if ln_before else hidden
+    ctx.save_for_backward(kept_hidden, summed, pre_norm, ln_weight, ln_bias, *weights, p)
+    ctx.ln_eps, ctx.ln_before = ln_eps, ln_before
+    ctx.sizes, ctx.activations, ctx.backend = sizes, activations, backend
+    ctx.mark_non_differentiable(p, summed, pre_norm)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_adapter_fusion_norm(ctx, grad_out, *_):
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise RuntimeError(
+            "adapter_fusion_norm: ln_weight and ln_bias must not require gradients; "
+            "use adapter_fusion between two torch.nn.functional.layer_norm calls to train them"
+        )
+    if grad_out is None:
+        return (None,) * 17
+    needs_hidden, needs_input = ctx.needs_input_grad[:2]
+    needs_weights = ctx.needs_input_grad[6:11]
+    hidden, summed, pre_norm, ln_weight, ln_bias, *weights, p = ctx.saved_tensors
+    needs = [
+        needs_hidden or needs_input,
+        any(needs_weights[:2]),
+        any(needs_weights[2:4]),
+        needs_weights[4],
+    ]
+    dhidden, dinput, *dweights = torch.ops.fastfusion.adapter_fusion_norm_backward(
+        grad_out.contiguous(), hidden, summed, pre_norm, ln_weight, ln_bias, ctx.ln_eps,
+        ctx.ln_before, *weights, p, ctx.sizes, ctx.activations, needs, ctx.backend,
+    )  # fmt: skip
+    return (
+        _given(needs_hidden, dhidden),
+        _given(needs_input, dhidden if ctx.ln_before else dinput),
+        *(None,) * 4,
+        *map(_given, needs_weights, dweights),
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd(
+    "fastfusion::adapter_fusion_norm",
+    _backward_adapter_fusion_norm,
+    setup_context=_setup_adapter_fusion_norm,
+    lib=_LIBRARY,
+)
+
+
+class PackedWeights(NamedTuple):
+    """A mixture's weights as the ops take them; `D = sum(sizes)`, `N = len(sizes)`.
+
+    `w_score` and `w_out` may have rows beyond `D + N`, zero in `w_out`: widths that are a multiple
+    of eight are faster.
+    """
+
+    w_down: Tensor
+    """[D, H]: the adapters' down-projections, one below the other."""
+    b_down: Tensor
+    """[D]"""
+    w_score: Tensor | None
+    """[D + N, H]: M_1 .. M_N, then C. None: one adapter with weight 1."""
+    b_score: Tensor | None
+    """[D + N]: m_1 .. m_N, then c."""
+    w_out: Tensor
+    """[D + N, H]: V_1^T .. V_N^T, then v."""
+    temperature: Tensor | None
+    """[]: what the scores are divided by; None is 1."""
+    sizes: list[int]
+    """The bottleneck sizes d_i."""
+    activations: list[int]
+    """One code of `fastfusion.ops.activations` per adapter."""
+
+
+def adapter_fusion(
+    x: list[Tensor],
+    query: Tensor | None,
+    residual: Tensor | None,
+    weights: PackedWeights,
+    *,
+    mask: Tensor | None = None,
+    score_offset: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A mixture of bottleneck adapters, weighted by attention over them.
+
+    Semantics, with the rows of `weights` named as there (`q` is `query`, or `x` where it is None)::
+
+        z_i = act_i(x_i @ D_i.T + b_i)                            # [T, d_i]
+        s_i = mask_i * ((z_i * (q @ M_i.T + m_i)).sum(-1) + q @ C_i + c_i + score_offset)
+        p   = softmax(s / temperature)                            # [T, N]; 1 without score weights
+        out = residual + sum_i p_i * (z_i @ V_i.T + v_i)          # [T, H]
+
+    Args:
+        x: the adapters' inputs [T, H], floating: one for all of them or one for each.
+        query: [T, H], or None for `x[0]`.
+        residual: [T, H], or None for nothing to add.
+        weights: the packed weights, of the inputs' dtype and device.
+        mask: dropout on the scores, [T, N], already divided by the survival probability.
+        score_offset: [T], added to each score of a row before the mask.
+        backend: "torch", "cpp", "triton", or None to choose by device, dtype and activations.
+
+    Returns:
+        out [T, H], and p [T, N] in fp32 (fp64 for fp64 inputs; empty without score weights). The
+        gradient flows through `out`; `p` is detached.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot run this.
+
+    Source: Pfeiffer et al. 2021, section 3.2; the rewriting is derived in docs/design.md.
+    """
+    if len(x) not in (1, len(weights.sizes)):
+        raise ValueError(f"x: expected 1 or {len(weights.sizes)} tensors; got {len(x)}")
+    for i, x_i in enumerate(x):
+        _check(x_i, f"x[{i}]", (*weights[:6], mask), weights.sizes, weights.activations)
+    *tensors, sizes, activations = weights
+    backend = backends.choose(backend, x[0], weights)
+    args = (x, query, residual, *tensors, mask, score_offset, sizes, activations)
+    if _runs_eagerly():
+        return backends.load(backend).adapter_fusion(*args)
+    return torch.ops.fastfusion.adapter_fusion(*args, backend)
+
+
+def adapter_fusion_norm(
+    hidden: Tensor,
+    input: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    ln_eps: float,
+    ln_before: bool,
+    weights: PackedWeights,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`adapter_fusion` with the sub-layer's residual and LayerNorm around it, in one pass.
+
+    Semantics::
+
+        s = hidden + input
+        x = layer_norm(s) if ln_before else hidden
+        out = layer_norm(s + mixture(x))           # the same LayerNorm at both places
+
+    Args:
+        hidden: the sub-layer's output [T, H].
+        input: the sub-layer's input [T, H].
+        ln_weight, ln_bias: [H], both frozen.
+        ln_eps: the LayerNorm's epsilon.
+        ln_before: whether the adapters read the normalised sum (`original_ln_before`).
+        weights, mask, backend: as in `adapter_fusion`.
+
+    Returns:
+        out [T, H] and p [T, N], as `adapter_fusion`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot run this.
+
+    Source: SEMANTICS of `adapters` 1.3.0, `adapter_layer.py` and `modeling.py`: pre and post steps.
+    """
+    _check(hidden, "hidden", (*weights[:6], mask), weights.sizes, weights.activations)
+    if input.shape != hidden.shape:
+        raise ValueError(f"input: expected {list(hidden.shape)}; got {list(input.shape)}")
+    *tensors, sizes, activations = weights
+    backend = backends.choose(backend, hidden, weights)
+    args = (hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *tensors, mask)
+    if _runs_eagerly():
+        outputs = backends.load(backend).adapter_fusion_norm(*args, sizes, activations, False)
+    else:
+        save = torch.is_grad_enabled()
+        outputs = torch.ops.fastfusion.adapter_fusion_norm(*args, sizes, activations, save, backend)
+    return outputs[0], outputs[1]
+
+
+def _runs_eagerly() -> bool:
+    """Nothing to record and nothing to trace: call the backend without the dispatcher's cost."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -1,0 +1,969 @@
+"""Adapters, fusions and heads as files, under the names and in the format of `adapters`.
+
+Each is a directory with a JSON configuration and a file of tensors, safetensors or, for `adapters`'
+default reader, a pickle of tensors. Keys are those of the model's state dict: with the base model's
+prefix where the model has a head, without it for a bare base model; reading takes both.
+
+A pair of files is written whole or not at all, and everything in it is checked before the model
+changes.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .composition import Fuse
+from .configuration import (
+    AdapterConfig,
+    AdapterFusionConfig,
+    BnConfig,
+    get_adapter_config_hash,
+)
+from .heads import PredictionHead, head_from_config
+from .modules import check_module_name
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = "adapters.1.3.0"
+"""The key `version` of the JSON files: the release of `adapters` whose format they have."""
+try:
+    LIBRARY_VERSION = metadata.version("fastfusion")
+except metadata.PackageNotFoundError:  # imported from a checkout
+    LIBRARY_VERSION = "0+unknown"
+
+
+class FileNames(NamedTuple):
+    """The files of an adapter, a fusion or a head."""
+
+    config: str
+    safetensors: str
+    pickle: str
+
+
+ADAPTER_FILES = FileNames("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+FUSION_FILES = FileNames(
+    "adapter_fusion_config.json",
+    "model_adapter_fusion.safetensors",
+    "pytorch_model_adapter_fusion.bin",
+)
+HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+
+
+# ---- a pair of files and dictionaries -----------------------------------------------------------
+
+
+def write_files(
+    directory: str | os.PathLike,
+    files: FileNames,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    use_safetensors: bool = True,
+) -> None:
+    """Write a configuration and its tensors into a directory, which is made if need be.
+
+    The pair replaces an older one. Should the process die on the way, `read_files` finds the older
+    pair whole; where an exception is raised, the files themselves are as they were.
+
+    Args:
+        directory: where to.
+        files: the names to write under.
+        config: what json can write.
+        tensors: by name. Those that share memory are written once for each name.
+        use_safetensors: False for a pickle of tensors.
+
+    Raises:
+        NotADirectoryError: `directory` is something else.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(
+            f"directory: expected a directory; got the file {str(directory)!r}"
+        )
+    copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+    if use_safetensors:
+        payload = safetensors.torch.save(copies, metadata={"format": "pt"})
+    else:
+        buffer = io.BytesIO()
+        torch.save(copies, buffer)
+        payload = buffer.getvalue()
+    text = json.dumps(config, indent=2, sort_keys=True)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    new_weights = directory / (files.safetensors if use_safetensors else files.pickle)
+    old_config = directory / files.config
+    old_weights = [p for p in (directory / name for name in files[1:]) if p.exists()]
+    with contextlib.ExitStack() as temporary:
+        weights_file = temporary.enter_context(_temporary(new_weights, payload))
+        config_file = temporary.enter_context(_temporary(old_config, text.encode()))
+        backups = {}
+        try:
+            if old_config.exists():
+                for path in old_weights:
+                    backups[path] = _back_up(path, old_config.read_bytes())
+            os.replace(weights_file, new_weights)
+            os.replace(config_file, old_config)  # from here on the new pair counts
+        except BaseException:
+            for path, backup in backups.items():
+                with contextlib.suppress(OSError):  # read_files finds the backup in its place
+                    os.replace(backup, path)
+            if new_weights not in old_weights:
+                new_weights.unlink(missing_ok=True)
+            raise
+    _sync(directory)
+    superseded = [path for path in old_weights if path != new_weights]
+    for path in (*backups.values(), *superseded):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path, data: bytes) -> Iterable[Path]:
+    """A file beside `target`, on the disk, which is gone afterwards unless it was moved."""
+    path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _backup_path(weights: Path, config: bytes) -> Path:
+    """Where the weights that belong to a configuration are kept while both are replaced."""
+    return weights.with_name(f".{weights.name}.{hashlib.sha256(config).hexdigest()[:16]}.old")
+
+
+def _back_up(weights: Path, config: bytes) -> Path:
+    backup = _backup_path(weights, config)
+    if not backup.exists():  # one that an interrupted write left is what counts
+        try:
+            os.link(weights, backup)
+        except OSError:  # a file system without links
+            shutil.copyfile(weights, backup)
+    return backup
+
+
+def _sync(directory: Path) -> None:
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_files(
+    directory: str | os.PathLike, files: FileNames, use_safetensors: bool | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a configuration and its tensors, on the CPU.
+
+    Args:
+        directory: where from.
+        files: the names to look for.
+        use_safetensors: True or False for one format alone; None for the one that is there, and
+            safetensors where both are.
+
+    Raises:
+        FileNotFoundError: the directory or one of the two files is missing.
+        NotImplementedError: `directory` is a URL or an identifier of a hub.
+        ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
+    """
+    directory = _existing_directory(directory)
+    config_path = directory / files.config
+    if not config_path.is_file():
+        raise FileNotFoundError(f"directory: no {files.config} in {str(directory)!r}")
+    data = config_path.read_bytes()
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{config_path}: not a JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: expected a JSON object; got {type(config).__name__}")
+
+    formats = {None: files[1:], True: (files.safetensors,), False: (files.pickle,)}
+    paths = [directory / name for name in formats[use_safetensors]]
+    for path in (*(_backup_path(path, data) for path in paths), *paths):
+        if path.is_file():
+            return config, _read_tensors(path, files.pickle in path.name)
+    expected = " or ".join(path.name for path in paths)
+    raise FileNotFoundError(f"directory: no {expected} in {str(directory)!r}")
+
+
+def _existing_directory(directory: str | os.PathLike) -> Path:
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"directory: expected a directory; got the file {str(path)!r}")
+    text = os.fspath(directory)
+    if "://" in text or "@" in text:
+        raise NotImplementedError(
+            f"directory: {text!r} is not a directory here, and loading from URLs and hubs is not "
+            "supported yet; download it and give the directory"
+        )
+    raise FileNotFoundError(
+        f"directory: {text!r} does not exist (loading from a hub by identifier is not supported "
+        "yet; download it and give the directory)"
+    )
+
+
+def _read_tensors(path: Path, is_pickle: bool) -> dict[str, Tensor]:
+    data = path.read_bytes()
+    try:
+        if is_pickle:
+            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        else:
+            tensors = safetensors.torch.load(data)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {name[1]}" if name else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: refused, the pickle is damaged or holds more than tensors: {reason}"
+        ) from error
+    except Exception as error:  # the two readers raise a dozen types on damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged, or not a file of tensors: {reason}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise ValueError(f"{path}: expected a dictionary of tensors; got {type(tensors).__name__}")
+    return tensors
+
+
+# ---- names in state dicts -----------------------------------------------------------------------
+
+_KINDS = {
+    "adapters": "adapter",
+    "invertible_adapters": "adapter",
+    "adapter_fusion_layer": "fusion",
+    "heads": "head",
+}
+"""Part of a key -> of what kind the thing is whose name is the next part."""
+_LEGACY_PARTS = {
+    "attention_text_task_adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
+}
+_LEGACY_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+
+
+def _name_index(parts: Sequence[str], kind: str) -> int | None:
+    """Where the name stands in a key of a kind; None for keys of other kinds."""
+    for i, part in enumerate(parts[:-1]):
+        if part in _KINDS:
+            return i + 1 if _KINDS[part] == kind else None
+    return None
+
+
+def select(state: Mapping[str, Tensor], kind: str, name: str) -> dict[str, Tensor]:
+    """The entries of a state dict that belong to one "adapter", "fusion" or "head"."""
+    selected = {}
+    for key, tensor in state.items():
+        parts = key.split(".")
+        index = _name_index(parts, kind)
+        if index is not None and parts[index] == name:
+            selected[key] = tensor
+    return selected
+
+
+def rename(state: Mapping[str, Tensor], kind: str, old: str, new: str) -> dict[str, Tensor]:
+    """The entries of a state dict, with another name in the keys of one adapter, fusion or head.
+
+    The part names of the first library's files become today's.
+    """
+    renamed = {}
+    for key, tensor in state.items():
+        parts = [_LEGACY_PARTS.get(part, part) for part in key.split(".")]
+        index = _name_index(parts, kind)
+        if index is not None and parts[index] == old:
+            parts[index] = new
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+def _bare(model: nn.Module, key: str) -> str:
+    return key.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict; a submodule that was compiled in place of its original has its keys."""
+    return {key.replace("_orig_mod.", ""): t for key, t in model.state_dict().items()}
+
+
+def _has_static_head(model: nn.Module) -> bool:
+    return not hasattr(model, "heads") and hasattr(model, model.base_model_prefix)
+
+
+def _static_head(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of a transformers model with a head of its own that are not the base model's."""
+    prefix = f"{model.base_model_prefix}."
+    return {key: t for key, t in _state(model).items() if not key.startswith(prefix)}
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _listing(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are no weights; warn of NaN and infinity."""
+    wrong = [f"{k} ({t.dtype})" for k, t in tensors.items() if not t.is_floating_point()]
+    if wrong:
+        raise ValueError(f"{source}: expected floating-point tensors; got {_listing(wrong)}")
+    strange = [k for k, t in tensors.items() if not torch.isfinite(t.float()).all()]
+    if strange:
+        warnings.warn(f"{source}: NaN or infinity in {_listing(strange)}", stacklevel=4)
+
+
+def _match(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], strict: bool, source: str
+) -> dict[str, Tensor]:
+    """The tensors that have a place, checked against what stands there.
+
+    Raises:
+        ValueError: a shape differs, a value leaves the dtype's range, or, with `strict`, a tensor
+            is missing or has no place.
+    """
+    problems = []
+    if missing := expected.keys() - tensors.keys():
+        problems.append(f"missing {_listing(missing)}")
+    if unexpected := tensors.keys() - expected.keys():
+        problems.append(f"unexpected {_listing(unexpected)}")
+    if problems:
+        text = f"{source}: {'; '.join(problems)}"
+        if strict:
+            raise ValueError(f"{text} (strict=False takes what fits)")
+        warnings.warn(text, stacklevel=4)
+
+    fitting = {key: tensor for key, tensor in tensors.items() if key in expected}
+    shapes = [
+        f"{key}: expected {list(expected[key].shape)}, got {list(tensor.shape)}"
+        for key, tensor in fitting.items()
+        if tensor.shape != expected[key].shape
+    ]
+    if shapes:
+        raise ValueError(f"{source}: shapes differ: {'; '.join(sorted(shapes)[:20])}")
+    overflowing = [
+        f"{key} ({expected[key].dtype})"
+        for key, tensor in fitting.items()
+        if (torch.isfinite(tensor.float()) & ~torch.isfinite(tensor.to(expected[key].dtype))).any()
+    ]
+    if overflowing:
+        raise ValueError(f"{source}: values leave the range of {_listing(overflowing)}")
+    return fitting
+
+
+def _field(config: Mapping[str, Any], key: str, types: tuple[type, ...], source: str) -> Any:
+    value = config.get(key)
+    if not isinstance(value, types):
+        expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+        raise ValueError(f"{source}: expected {key!r} to be of type {expected}; got {value!r}")
+    return value
+
+
+def _check_hidden_size(model: nn.Module, config: Mapping[str, Any], source: str) -> None:
+    saved, own = config.get("hidden_size"), getattr(model.config, "hidden_size", None)
+    if saved is not None and own is not None and saved != own:
+        raise ValueError(f"{source}: expected hidden_size {own}, the model's; got {saved}")
+
+
+def subdirectory(directory: str | os.PathLike, name: str) -> Path:
+    """The directory for a name inside another.
+
+    Raises:
+        ValueError: the name is not the name of a directory, such as "../x", "a/b" or "..".
+    """
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError(
+            f"name: {name!r} cannot be the name of a directory in {os.fspath(directory)!r}; save it "
+            "by itself, with a directory of your choice"
+        )
+    return Path(directory) / name
+
+
+def _full_config(model: nn.Module, meta_dict: Mapping[str, Any] | None, **keys: Any) -> dict:
+    return {
+        **(meta_dict or {}),
+        "model_type": model.config.model_type,
+        # some encoder-decoder models have no hidden size that holds for the whole model
+        "hidden_size": getattr(model.config, "hidden_size", None),
+        "model_name": getattr(model.config, "name_or_path", None),
+        "model_class": type(model).__name__,
+        "version": FORMAT_VERSION,
+        "fastfusion_version": LIBRARY_VERSION,
+        **keys,
+    }
+
+
+# ---- adapters -----------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str,
+    with_head: bool = True,
+    use_safetensors: bool = True,
+    meta_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one adapter and, where there is one, the head that belongs to it.
+
+    Args:
+        model: a patched model.
+        directory: made if need be.
+        name: the adapter.
+        with_head: also write the head of the adapter's name, or the only head of a model whose
+            class has one.
+        use_safetensors: False writes the pickle that `adapters` reads by default.
+        meta_dict: further keys of the JSON file.
+
+    Raises:
+        ValueError: the model has no adapter of this name.
+    """
+    if name not in model.adapters_config.adapters:
+        known = list(model.adapters_config.adapters)
+        raise ValueError(f"name: expected one of the model's adapters {known}; got {name!r}")
+    adapter_config = model.adapters_config.adapters[name]
+    config = _full_config(model, meta_dict, name=name, config=adapter_config.to_dict())
+    tensors = select(_state(model), "adapter", name)
+    write_files(directory, ADAPTER_FILES, config, tensors, use_safetensors)
+    if with_head and (_has_static_head(model) or name in getattr(model, "heads", ())):
+        save_head(model, directory, name, use_safetensors)
+
+
+def save_all_adapters(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    with_head: bool = True,
+    use_safetensors: bool = True,
+    meta_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Write every adapter into a directory of its name; arguments as `save_adapter`.
+
+    Raises:
+        ValueError: a name cannot be that of a directory; nothing is written then.
+    """
+    configs = model.adapters_config.adapters
+    targets = {name: subdirectory(directory, name) for name in configs}
+    for name, target in targets.items():
+        meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(configs[name])}
+        save_adapter(model, target, name, with_head, use_safetensors, meta)
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    load_as: str | None = None,
+    with_head: bool = True,
+    config: Mapping[str, Any] | str | None = None,
+    set_active: bool = False,
+    leave_out: Sequence[int] | None = None,
+    strict: bool = True,
+    use_safetensors: bool | None = None,
+) -> str:
+    """Add the adapter in a directory to the model and, where there is one, its head.
+
+    An adapter of the same name and configuration gets the weights of the files. Everything is
+    checked before the model changes.
+
+    Args:
+        model: a patched model.
+        directory: as `save_adapter` or `adapters` wrote it.
+        load_as: its new name, and that of its head.
+        with_head: also load the head in the directory. One that the model cannot take is left, with
+            a warning.
+        config: the configuration it should have; another one in the files is loaded with a warning.
+        set_active: activate it, and its head.
+        leave_out: layers that get no adapter, beside those that the files name.
+        strict: raise where tensors are missing or have no place; False warns.
+        use_safetensors: as in `read_files`.
+
+    Returns:
+        The adapter's name in the model.
+
+    Raises:
+        FileNotFoundError: the directory or a file is missing.
+        NotImplementedError: a hub's identifier, or a method that is not supported yet.
+        ValueError: the files are damaged or do not fit the model.
+    """
+    saved, tensors = read_files(directory, ADAPTER_FILES, use_safetensors)
+    source = str(Path(directory) / ADAPTER_FILES.config)
+    saved_name = _field(saved, "name", (str,), source)
+    name = saved_name if load_as is None else load_as
+    check_module_name(name, "load_as" if load_as else f"{source}: name")
+    _check_hidden_size(model, saved, source)
+    tensors = rename(tensors, "adapter", saved_name, name)
+    adapter_config = _adapter_config(saved, tensors, source)
+    if config is not None and AdapterConfig.load(config) != adapter_config:
+        warnings.warn(f"config: ignored, {source} has another one", stacklevel=3)
+    left_out = sorted({*adapter_config.leave_out, *(leave_out or ())})
+    if left_out != sorted(adapter_config.leave_out):
+        adapter_config = adapter_config.replace(leave_out=left_out)
+    adapter_config.check_supported()
+    tensors = {_bare(model, key): tensor for key, tensor in tensors.items()}
+    _check_tensors(tensors, source)
+    head = _read_head_of_adapter(model, directory, load_as, use_safetensors) if with_head else None
+
+    is_new = _add_or_compare(
+        name, adapter_config, model.adapters_config.adapters, source,
+        lambda: model.add_adapter(name, config=adapter_config),
+    )  # fmt: skip
+    try:
+        if leave_out:
+            tensors = _without_left_out(model, tensors, name)
+        _load(model, select(_state(model), "adapter", name), tensors, strict, source, saved)
+    except BaseException:
+        if is_new:
+            model.delete_adapter(name)
+        raise
+    if head is not None:
+        head.apply(set_active)
+    if set_active:
+        model.set_active_adapters(name)
+    return name
+
+
+def _adapter_config(
+    saved: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
+) -> BnConfig:
+    """The adapter's configuration, brought up to date where an early library wrote it."""
+    values = dict(_field(saved, "config", (dict,), source))
+    if "version" not in saved:
+        activation = values.get("non_linearity")
+        values["non_linearity"] = _LEGACY_ACTIVATIONS.get(activation, activation)
+    try:
+        config = AdapterConfig.load(values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    # task adapters of the first library name an invertible adapter that they do not have
+    if saved.get("type") == "text_task" and not any("invertible_adapters." in k for k in tensors):
+        config = config.replace(inv_adapter=None, inv_adapter_reduction_factor=None)
+    return config
+
+
+def _add_or_compare(
+    name: str, config: Any, existing: Mapping[str, Any], source: str, add: Any
+) -> bool:
+    """Call `add` for a new name; for one that exists, see that it is the same thing."""
+    if name not in existing:
+        add()
+        return True
+    if existing[name] != config:
+        raise ValueError(
+            f"{source}: the model has {name!r} with another configuration; pass load_as or delete it"
+        )
+    logger.info("%s: new weights for %r, which the model has", source, name)
+    return False
+
+
+def _without_left_out(
+    model: nn.Module, tensors: Mapping[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """Drop the tensors whose place the model has and which `leave_out` leaves empty."""
+    base = getattr(model, model.base_model_prefix, model)
+    kept = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        index = _name_index(parts, "adapter")
+        if index is not None and parts[index] == name:
+            with contextlib.suppress(AttributeError):
+                if name not in base.get_submodule(".".join(parts[:index])):
+                    continue
+        kept[key] = tensor
+    return kept
+
+
+def _load(
+    model: nn.Module,
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    strict: bool,
+    source: str,
+    saved: Mapping[str, Any],
+) -> None:
+    """Check tensors against entries of the model's state and copy them there."""
+    saved_type = saved.get("model_type")
+    if saved_type not in (None, model.config.model_type):
+        source = f"{source} (written for {saved_type!r}, the model is {model.config.model_type!r})"
+    fitting = _match(tensors, {_bare(model, k): t for k, t in expected.items()}, strict, source)
+    by_key = {k.replace("_orig_mod.", ""): k for k in model.state_dict()}
+    state = {by_key[k]: fitting[_bare(model, k)] for k in expected if _bare(model, k) in fitting}
+    model.load_state_dict(state, strict=False)
+
+
+# ---- fusions ------------------------------------------------------------------------------------
+
+
+def _fusion_name(names: Fuse | Sequence[str] | str) -> str:
+    if isinstance(names, str):
+        return names
+    return names.name if isinstance(names, Fuse) else ",".join(names)
+
+
+def _fusion_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The fusion's module at every place, by its key without the base model's prefix."""
+    found = {}
+    for path, module in model.named_modules():
+        path = path.replace("_orig_mod.", "")
+        parts = path.split(".")
+        if parts[-2:] == ["adapter_fusion_layer", name]:
+            found[_bare(model, path)] = module
+    return found
+
+
+def save_adapter_fusion(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    names: Fuse | Sequence[str] | str,
+    with_head: bool | str = False,
+    use_safetensors: bool = True,
+    meta_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one fusion layer, without its adapters.
+
+    Args:
+        model: a patched model.
+        directory: made if need be.
+        names: the fusion: its name, the Fuse, or the names of its adapters.
+        with_head: also write the head of this name; True is the fusion's own.
+        use_safetensors: False writes the pickle that `adapters` reads by default.
+        meta_dict: further keys of the JSON file.
+
+    Raises:
+        ValueError: the model has no such fusion, or no such head.
+    """
+    name = _fusion_name(names)
+    record = model.adapters_config
+    if name not in record.fusions:
+        known = list(record.fusions)
+        raise ValueError(f"names: expected one of the model's fusions {known}; got {name!r}")
+    head_name = name if with_head is True else with_head
+    if head_name and head_name not in getattr(model, "heads", ()):
+        raise ValueError(f"with_head: the model has no head {head_name!r}")
+    config = _full_config(
+        model,
+        meta_dict,
+        name=name,
+        config=record.fusions[name].to_dict(),
+        adapter_names=list(record.fusion_names[name]),
+    )
+    temperatures = {
+        path: module.temperature.item()
+        for path, module in _fusion_modules(model, name).items()
+        if module.temperature is not None
+    }
+    if temperatures:
+        config["temperature"] = temperatures
+    tensors = select(_state(model), "fusion", name)
+    write_files(directory, FUSION_FILES, config, tensors, use_safetensors)
+    if head_name:
+        save_head(model, directory, head_name, use_safetensors)
+
+
+def save_all_adapter_fusions(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    use_safetensors: bool = True,
+    meta_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Write every fusion into a directory of its name; arguments as `save_adapter_fusion`.
+
+    Raises:
+        ValueError: a name cannot be that of a directory; nothing is written then.
+    """
+    configs = model.adapters_config.fusions
+    targets = {name: subdirectory(directory, name) for name in configs}
+    for name, target in targets.items():
+        meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(configs[name])}
+        save_adapter_fusion(model, target, name, False, use_safetensors, meta)
+
+
+def load_adapter_fusion(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    load_as: str | None = None,
+    set_active: bool = False,
+    with_head: bool = False,
+    strict: bool = True,
+    use_safetensors: bool | None = None,
+) -> str:
+    """Add the fusion layer in a directory to the model, which has its adapters already.
+
+    A fusion of the same name, configuration and adapters gets the weights of the files. Everything
+    is checked before the model changes.
+
+    Args:
+        model: a patched model.
+        directory: as `save_adapter_fusion` or `adapters` wrote it.
+        load_as: its new name; the names of its adapters stay.
+        set_active: activate the fusion over its adapters, and the head.
+        with_head: also load the head in the directory, under its own name.
+        strict, use_safetensors: as in `load_adapter`.
+
+    Returns:
+        The fusion's name in the model.
+
+    Raises:
+        FileNotFoundError: the directory or a file is missing.
+        ValueError: the files are damaged or do not fit the model, or an adapter is missing.
+    """
+    saved, tensors = read_files(directory, FUSION_FILES, use_safetensors)
+    source = str(Path(directory) / FUSION_FILES.config)
+    saved_name = _field(saved, "name", (str,), source)
+    name = saved_name if load_as is None else load_as
+    check_module_name(name, "load_as" if load_as else f"{source}: name")
+    _check_hidden_size(model, saved, source)
+    record = model.adapters_config
+    # files from before fusions had names list the adapters in the name alone
+    adapter_names = saved.get("adapter_names", saved_name.split(","))
+    if missing := [n for n in adapter_names if n not in record.adapters]:
+        raise ValueError(f"{source}: the model lacks the adapters {missing} of fusion {name!r}")
+    try:
+        config = AdapterFusionConfig.load(_field(saved, "config", (dict,), source))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if record.fusion_names.get(name, adapter_names) != adapter_names:
+        raise ValueError(
+            f"{source}: expected adapters {record.fusion_names[name]}, those of the model's fusion "
+            f"{name!r}; got {adapter_names}"
+        )
+    temperatures = _temperatures(saved, saved_name, name, source)
+    tensors = rename(tensors, "fusion", saved_name, name)
+    tensors = {_bare(model, key): tensor for key, tensor in tensors.items()}
+    _check_tensors(tensors, source)
+    head = _read_head(model, directory, None, use_safetensors) if with_head else None
+
+    own_name = None if name == ",".join(adapter_names) else name
+    is_new = _add_or_compare(
+        name, config, record.fusions, source,
+        lambda: model.add_adapter_fusion(adapter_names, config=config, name=own_name),
+    )  # fmt: skip
+    try:
+        _load(model, select(_state(model), "fusion", name), tensors, strict, source, saved)
+    except BaseException:
+        if is_new:
+            model.delete_adapter_fusion(name)
+        raise
+    for path, module in _fusion_modules(model, name).items():
+        if module.temperature is not None:
+            start = temperatures.get(path, module.INITIAL_TEMPERATURE)
+            module.temperature = torch.full_like(module.temperature, start)
+    if head is not None:
+        head.apply(set_active)
+    if set_active:
+        model.set_active_adapters(Fuse(*adapter_names, name=own_name))
+    return name
+
+
+def _temperatures(
+    saved: Mapping[str, Any], saved_name: str, name: str, source: str
+) -> dict[str, float]:
+    """Path of a fusion module, without the base model's prefix, -> its temperature."""
+    temperatures = saved.get("temperature", {})
+    is_valid = isinstance(temperatures, dict) and all(
+        isinstance(value, (int, float)) and value >= 1 for value in temperatures.values()
+    )
+    if not is_valid:
+        raise ValueError(
+            f"{source}: expected 'temperature' to hold numbers from 1 by place; got {temperatures!r}"
+        )
+    return {
+        f"{path.removesuffix(f'.{saved_name}')}.{name}": float(value)
+        for path, value in temperatures.items()
+    }
+
+
+# ---- heads --------------------------------------------------------------------------------------
+
+
+def save_head(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    use_safetensors: bool = True,
+) -> None:
+    """Write one prediction head.
+
+    Args:
+        model: a model with heads by name, or a transformers model whose class has a head.
+        directory: made if need be.
+        name: the head; None is the active one. The only head of a class has no name.
+        use_safetensors: False writes the pickle that `adapters` reads by default.
+
+    Raises:
+        ValueError: the model has no head, or none of this name.
+    """
+    if _has_static_head(model):
+        config = _full_config(
+            model,
+            None,
+            name=None,
+            config=None,
+            label2id=model.config.label2id,
+            num_labels=model.config.num_labels,
+        )
+        write_files(directory, HEAD_FILES, config, _static_head(model), use_safetensors)
+        return
+    if not hasattr(model, "heads"):
+        raise ValueError(f"model: {type(model).__name__} has no prediction head")
+    name = model.active_head if name is None else name
+    if name not in model.heads:
+        raise ValueError(
+            f"name: expected one of the model's heads {list(model.heads)}; got {name!r}"
+        )
+    config = _full_config(model, None, name=name, config=model.heads[name].config)
+    tensors = select(_state(model), "head", name)
+    write_files(directory, HEAD_FILES, config, tensors, use_safetensors)
+
+
+def save_all_heads(
+    model: nn.Module, directory: str | os.PathLike, use_safetensors: bool = True
+) -> None:
+    """Write every head of a model with heads by name into a directory of its name.
+
+    Raises:
+        ValueError: a name cannot be that of a directory; nothing is written then.
+    """
+    targets = {name: subdirectory(directory, name) for name in model.heads}
+    for name, target in targets.items():
+        save_head(model, target, name, use_safetensors)
+
+
+def load_head(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    load_as: str | None = None,
+    id2label: Mapping[int, str] | None = None,
+    set_active: bool = True,
+    strict: bool = True,
+    use_safetensors: bool | None = None,
+) -> str | None:
+    """Load the prediction head in a directory, in place of one of the same name.
+
+    Args:
+        model: a model with heads by name, or a transformers model of the class that wrote the head.
+        directory: as `save_head` or `adapters` wrote it.
+        load_as: its new name.
+        id2label: other labels than the files have.
+        set_active: make it the active head.
+        strict, use_safetensors: as in `load_adapter`.
+
+    Returns:
+        The head's name; None for the only head of a class.
+
+    Raises:
+        FileNotFoundError: the directory or a file is missing.
+        NotImplementedError: a head type that is not supported yet.
+        ValueError: the files are damaged or do not fit the model.
+    """
+    head = _read_head(model, directory, load_as, use_safetensors, id2label, strict)
+    return head.apply(set_active)
+
+
+class _ReadHead(NamedTuple):
+    """A head that was read and checked, and how to give it to the model."""
+
+    model: nn.Module
+    head: PredictionHead | None
+    """None for the only head of a class."""
+    tensors: dict[str, Tensor]
+    label2id: dict[str, int] | None
+
+    def apply(self, set_active: bool) -> str | None:
+        """Change the model; returns the head's name."""
+        model = self.model
+        if self.head is None:
+            if self.label2id is not None:
+                model.config.label2id = self.label2id
+                model.config.id2label = {i: label for label, i in self.label2id.items()}
+            model.load_state_dict(self.tensors, strict=False)
+            return None
+        self.head.load_state_dict(self.tensors, strict=False)
+        if self.head.name in model.heads:
+            logger.info("head %r is replaced", self.head.name)
+        model.add_prediction_head(self.head, overwrite_ok=True, set_active=set_active)
+        return self.head.name
+
+
+def _read_head_of_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    load_as: str | None,
+    use_safetensors: bool | None,
+) -> _ReadHead | None:
+    """The head beside an adapter, if there is one that the model can take."""
+    takes_heads = hasattr(model, "heads") or _has_static_head(model)
+    if not takes_heads or not (Path(directory) / HEAD_FILES.config).is_file():
+        return None
+    try:
+        return _read_head(model, directory, load_as, use_safetensors)
+    except _OtherHead as error:
+        warnings.warn(f"with_head: the head is left out: {error}", stacklevel=4)
+    return None
+
+
+class _OtherHead(ValueError):
+    """A sound head that this model cannot take."""
+
+
+def _read_head(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    load_as: str | None,
+    use_safetensors: bool | None,
+    id2label: Mapping[int, str] | None = None,
+    strict: bool = True,
+) -> _ReadHead:
+    """Read a head and check it against the model, which is not changed."""
+    saved, tensors = read_files(directory, HEAD_FILES, use_safetensors)
+    source = str(Path(directory) / HEAD_FILES.config)
+    _check_tensors(tensors, source)
+    saved_class = _field(saved, "model_class", (str,), source)
+    own_class = type(model).__name__
+    # the first library's name for classes with heads by name
+    if saved_class.replace("ModelWithHeads", "AdapterModel") != own_class:
+        raise _OtherHead(f"{source}: expected a head of {own_class}; got one of {saved_class}")
+    _check_hidden_size(model, saved, source)
+    label2id = None
+    if id2label is not None:
+        label2id = {label: int(i) for i, label in id2label.items()}
+
+    if not hasattr(model, "heads"):
+        if label2id is None and saved.get("label2id"):
+            label2id = {label: int(i) for label, i in saved["label2id"].items()}
+        tensors = _match(tensors, _static_head(model), strict, source)
+        return _ReadHead(model, None, tensors, label2id)
+
+    saved_name = _field(saved, "name", (str,), source)
+    name = saved_name if load_as is None else load_as
+    config = dict(_field(saved, "config", (dict,), source))
+    if label2id is not None:
+        config["label2id"] = label2id
+    head = head_from_config(model, name, config)
+    tensors = rename(tensors, "head", saved_name, name)
+    expected = {f"heads.{name}.{key}": tensor for key, tensor in head.state_dict().items()}
+    tensors = _match(tensors, expected, strict, source)
+    own = {key.removeprefix(f"heads.{name}."): tensor for key, tensor in tensors.items()}
+    return _ReadHead(model, head, own, None)

@@ -1,0 +1,1 @@
+"""Triton kernels with their launchers: they know tensors, not modules."""

@@ -1,0 +1,501 @@
+"""The adapter mixture in one Triton launch: the "triton" backend of the ops.
+
+The mathematics, per row, with the columns of all N adapters on one flat axis of `D = sum(sizes)`:
+
+    z = act(W_down x + b_down)          t = M h + m             c = C h + c_0
+    s_i = mask_i * (sum_{j in i} z_j t_j + c_i + offset) / temperature
+    p = softmax(s)                      out = residual + [p*z ; p] W_out
+
+What is fused: everything of a block of rows. One loop over H fills the accumulators of z, t and c
+(where the query is x, one load of x feeds all three), the softmax follows in registers, a second
+loop over H writes the output. Sizes may differ without padding: "the sum over an adapter's columns"
+and "p spread over its columns" are products with a one-hot [D, N] matrix. Padded adapters score
+-inf.
+
+Bytes per row, with e bytes per element: reads H*e (twice that with a query of its own or a
+residual, three times with both; N*H*e for one input per adapter) and 4*N of a mask; writes H*e and
+4*N of p. Nothing of size [T, D] leaves the registers. Every block of rows reads all weights,
+`(2D + N) + (D + N)` rows of H*e bytes, from L2.
+
+Precision: fp32 accumulation; fp32 operands are multiplied in full ("ieee", never tf32). In 16 bits z
+and t stay in fp32 from the accumulator on, and the one-hot products take them as a high and a low
+bf16 part: 16 bits of mantissa, and fp32's range, which fp16 would not have for z*t.
+
+Determinism: no atomics and no split of a sum over blocks; one shape on one GPU model always gives the
+same bits. Shapes with other block sizes may round differently.
+
+The backward pass and the norms around the mixture are PyTorch's here (fused kernels are to follow):
+`adapter_fusion_backward` and `adapter_fusion_norm_backward` recompute z and t as the torch backend
+does, from the saved p. The schedule was chosen from compiled code, not from timings.
+
+One input per adapter: the inputs are stacked to [N, T, H] (one copy), and each is multiplied with the
+down-projections of all adapters but its own read as zero: N times the flops of the down product.
+"""
+
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from fastfusion.ops.activations import activation_code
+from fastfusion.ops.torch_backend import adapter_fusion_backward, adapter_fusion_norm_backward
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+__all__ = [
+    "adapter_fusion",
+    "adapter_fusion_backward",
+    "adapter_fusion_norm",
+    "adapter_fusion_norm_backward",
+    "refusal",
+]
+
+LINEAR = tl.constexpr(activation_code("linear"))
+RELU = tl.constexpr(activation_code("relu"))
+GELU = tl.constexpr(activation_code("gelu"))
+GELU_NEW = tl.constexpr(activation_code("gelu_new"))
+SILU = tl.constexpr(activation_code("silu"))
+TANH = tl.constexpr(activation_code("tanh"))
+SIGMOID = tl.constexpr(activation_code("sigmoid"))
+LEAKY_RELU = tl.constexpr(activation_code("leaky_relu"))
+
+
+@triton.jit
+def _tanh(x):
+    # the quotient loses the low bits of small x, the series (to x^9) is exact to fp32 below 1/4
+    e = tl.exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - e) / (1.0 + e)
+    y = x * x
+    series = 1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _activation(x, CODE: tl.constexpr):
+    if CODE == RELU:
+        return tl.where(x < 0, 0.0, x)  # a NaN stays one
+    elif CODE == GELU:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif CODE == GELU_NEW:
+        # (1 + tanh(u)) / 2 = sigmoid(2u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif CODE == SILU:
+        return x * tl.sigmoid(x)
+    elif CODE == TANH:
+        return _tanh(x)
+    elif CODE == SIGMOID:
+        return tl.sigmoid(x)
+    elif CODE == LEAKY_RELU:
+        return tl.where(x < 0, 0.01 * x, x)
+    else:
+        tl.static_assert(CODE == LINEAR, "an activation that this kernel has not")
+        return x
+
+
+@triton.jit
+def _cast(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """An fp32 `x` in DTYPE, rounded to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts the low bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the raw bits of bf16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _dot_rows(
+    a, w_ptr, rows, mask_rows, cols, mask_cols, acc,
+    H: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
+    tile = w_ptr + rows[:, None] * H + cols[None, :]
+    w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
+    return _dot(a, tl.trans(w) if TRANSPOSED else w, acc, INTERPRETED)
+
+
+@triton.jit
+def _dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a @ one_hot for an fp32 `a`, on the matrix units if SPLIT."""
+    if SPLIT:
+        one_hot = one_hot.to(tl.float32).to(tl.bfloat16)
+        high = _cast(a, tl.bfloat16, INTERPRETED)
+        low = _cast(a - high.to(tl.float32), tl.bfloat16, INTERPRETED)
+        acc = _dot(high, one_hot, acc, INTERPRETED)
+        return _dot(low, one_hot, acc, INTERPRETED)
+    return _dot(a, one_hot.to(tl.float32), acc, INTERPRETED)
+
+
+@triton.jit
+def _add_bias(acc, bias_ptr, offs, mask):
+    return acc + tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _adapter_of(offs_d, ENDS: tl.constexpr):
+    """The adapter that each column belongs to; columns behind the last go to the last."""
+    adapter = tl.zeros(offs_d.shape, tl.int32)
+    for i in tl.static_range(1, len(ENDS)):
+        adapter += (offs_d >= ENDS[i - 1]).to(tl.int32)
+    return adapter
+
+
+@triton.jit
+def _activate(pre, adapter, ACTIVATIONS: tl.constexpr, CODES: tl.constexpr):
+    """Each column's own activation: one pass for each distinct code."""
+    z = _activation(pre, CODES[0])
+    for j in tl.static_range(1, len(CODES)):
+        own = adapter < 0
+        for i in tl.static_range(len(ACTIVATIONS)):
+            if ACTIVATIONS[i] == CODES[j]:
+                own = own | (adapter == i)
+        z = tl.where(own[None, :], _activation(pre, CODES[j]), z)
+    return z
+
+
+@triton.jit
+def _adapter_fusion_fwd_kernel(
+    x_ptr,  # [NUM_INPUTS, num_rows, H]
+    query_ptr,  # [num_rows, H], or None: x
+    residual_ptr,  # [num_rows, H], or None
+    w_down_ptr,  # [D, H]
+    b_down_ptr,  # [D]
+    w_score_ptr,  # [>= D + N, H], or None: one adapter, p = 1
+    b_score_ptr,
+    w_out_ptr,  # [>= D + N, H]
+    temperature_ptr,  # [], or None: 1
+    mask_ptr,  # [num_rows, N], or None
+    offset_ptr,  # [num_rows], or None
+    out_ptr,  # [num_rows, H]
+    p_ptr,  # [num_rows, N]
+    num_rows,
+    stride_xi,
+    stride_xm,
+    stride_qm,
+    stride_rm,
+    H: tl.constexpr,
+    ENDS: tl.constexpr,  # where each adapter's columns end
+    ACTIVATIONS: tl.constexpr,  # the code of each adapter
+    CODES: tl.constexpr,  # the distinct codes
+    NUM_INPUTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # the first columns, and
+    BLOCK_R: tl.constexpr,  # the rest of them, perhaps 0
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    N: tl.constexpr = len(ENDS)
+    D: tl.constexpr = ENDS[N - 1]
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SPLIT: tl.constexpr = DTYPE != tl.float32
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_rows
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    pre = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    t = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    c = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    if BLOCK_R > 0:
+        offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < D
+        pre_r = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        t_r = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+
+    for k in range(0, H, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < H
+        mask_tk = mask_t[:, None] & mask_k[None, :]
+        for i in tl.static_range(NUM_INPUTS):
+            start: tl.constexpr = 0 if i == 0 else ENDS[i - 1]
+            end: tl.constexpr = D if NUM_INPUTS == 1 else ENDS[i]
+            x_tile = x_ptr + i * stride_xi + offs_t[:, None] * stride_xm + offs_k[None, :]
+            x = tl.load(x_tile, mask=mask_tk, other=0.0)
+            own = (offs_d >= start) & (offs_d < end)
+            pre = _dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED)
+            if BLOCK_R > 0:
+                own = (offs_r >= start) & (offs_r < end)
+                pre_r = _dot_rows(
+                    x, w_down_ptr, offs_r, own, offs_k, mask_k, pre_r, H, True, INTERPRETED
+                )
+        if w_score_ptr is not None:
+            if query_ptr is not None:
+                query_tile = query_ptr + offs_t[:, None] * stride_qm + offs_k[None, :]
+                x = tl.load(query_tile, mask=mask_tk, other=0.0)
+            t = _dot_rows(x, w_score_ptr, offs_d, mask_d, offs_k, mask_k, t, H, True, INTERPRETED)
+            if BLOCK_R > 0:
+                t_r = _dot_rows(
+                    x, w_score_ptr, offs_r, mask_r, offs_k, mask_k, t_r, H, True, INTERPRETED
+                )
+            c = _dot_rows(
+                x, w_score_ptr, D + offs_n, mask_n, offs_k, mask_k, c, H, True, INTERPRETED
+            )
+
+    adapter = _adapter_of(offs_d, ENDS)
+    z = _activate(_add_bias(pre, b_down_ptr, offs_d, mask_d), adapter, ACTIVATIONS, CODES)
+    if BLOCK_R > 0:
+        adapter_r = _adapter_of(offs_r, ENDS)
+        z_r = _activate(_add_bias(pre_r, b_down_ptr, offs_r, mask_r), adapter_r, ACTIVATIONS, CODES)
+
+    p = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    if w_score_ptr is not None:
+        # t is zero behind the last column, whatever z is there
+        s = _add_bias(c, b_score_ptr, D + offs_n, mask_n)
+        one_hot = adapter[:, None] == offs_n[None, :]
+        t = _add_bias(t, b_score_ptr, offs_d, mask_d)
+        s = _dot_one_hot(z * t, one_hot, s, SPLIT, INTERPRETED)
+        if BLOCK_R > 0:
+            one_hot_r = adapter_r[:, None] == offs_n[None, :]
+            t_r = _add_bias(t_r, b_score_ptr, offs_r, mask_r)
+            s = _dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, INTERPRETED)
+        if offset_ptr is not None:
+            s += tl.load(offset_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32)[:, None]
+        mask_tn = mask_t[:, None] & mask_n[None, :]
+        if mask_ptr is not None:
+            mask_tile = mask_ptr + offs_t[:, None] * N + offs_n[None, :]
+            s *= tl.load(mask_tile, mask=mask_tn, other=0.0).to(tl.float32)
+        if temperature_ptr is not None:
+            s /= tl.load(temperature_ptr).to(tl.float32)
+        s = tl.where(mask_n[None, :], s, float("-inf"))
+        e = tl.exp(s - tl.max(s, axis=1)[:, None])
+        p = e / tl.sum(e, axis=1)[:, None]
+        tl.store(p_ptr + offs_t[:, None] * N + offs_n[None, :], p, mask=mask_tn)
+        zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        z *= _dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, INTERPRETED)
+        if BLOCK_R > 0:
+            zeros_r = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+            z_r *= _dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, INTERPRETED)
+
+    w = _cast(z, DTYPE, INTERPRETED)
+    w_p = _cast(p, DTYPE, INTERPRETED)
+    if BLOCK_R > 0:
+        w_r = _cast(z_r, DTYPE, INTERPRETED)
+    for h in range(0, H, BLOCK_H):
+        offs_h = h + tl.arange(0, BLOCK_H)
+        mask_h = offs_h < H
+        mask_th = mask_t[:, None] & mask_h[None, :]
+        out = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+        out = _dot_rows(w, w_out_ptr, offs_d, mask_d, offs_h, mask_h, out, H, False, INTERPRETED)
+        if BLOCK_R > 0:
+            out = _dot_rows(
+                w_r, w_out_ptr, offs_r, mask_r, offs_h, mask_h, out, H, False, INTERPRETED
+            )
+        if w_score_ptr is not None:
+            out = _dot_rows(
+                w_p, w_out_ptr, D + offs_n, mask_n, offs_h, mask_h, out, H, False, INTERPRETED
+            )
+        else:
+            out = _add_bias(out, w_out_ptr + D * H, offs_h, mask_h)
+        if residual_ptr is not None:
+            residual_tile = residual_ptr + offs_t[:, None] * stride_rm + offs_h[None, :]
+            out += tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)
+        out_tile = out_ptr + offs_t[:, None] * H + offs_h[None, :]
+        tl.store(out_tile, _cast(out, DTYPE, INTERPRETED), mask=mask_th)
+
+
+_INTERPRETED = not isinstance(_adapter_fusion_fwd_kernel, triton.JITFunction)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Both accumulators of a row block live in registers. Up to 192 columns nothing spills on sm_90 and
+# next to nothing, outside the loop over H, on sm_80; at 256 both spill, sm_80 in that loop.
+_MAX_COLUMNS = 192
+
+
+def _padded(size: int) -> int:
+    """The block that holds `size` entries: a power of two that a matrix product can take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _column_blocks(columns: int) -> tuple[int, int]:
+    """Two blocks that hold the columns (144: 128 and 16; 256 would nearly double the work), or one
+    and 0 where two are no narrower."""
+    whole = _padded(columns)
+    first = whole // 2
+    if first < 16 or columns - first > first // 2:
+        return whole, 0
+    return first, _padded(columns - first)
+
+
+def refusal(x: Tensor, weights: Sequence) -> str | None:
+    """Why this backend cannot run the op on `x` and the `PackedWeights`, or None."""
+    if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
+        return f"it needs a GPU or, on a CPU, TRITON_INTERPRET=1 at import; x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it computes in float32, bfloat16 or float16; x is {x.dtype}"
+    for name in ("w_down", "b_down", "w_score", "b_score", "w_out"):
+        weight = getattr(weights, name)
+        if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
+            return f"{name} is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}"
+    columns = sum(weights.sizes)
+    if (padded := sum(_column_blocks(columns))) > _MAX_COLUMNS:
+        return (
+            f"its row block holds {_MAX_COLUMNS} bottleneck columns in registers; "
+            f"sizes {list(weights.sizes)} have {columns}, padded to {padded}"
+        )
+    return None
+
+
+@functools.cache
+def _target(device: torch.device) -> GPUTarget | None:
+    """What the kernel is compiled for on a device; None in the interpreter."""
+    if _INTERPRETED:
+        return None
+    with torch.cuda.device(device):
+        return triton.runtime.driver.active.get_current_target()
+
+
+def _schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:
+    """Block sizes, warps and stages, from registers and spills of compiled code; never timed."""
+    if target is not None and dtype == torch.float32:
+        # plain FMAs: the operands too lie in registers, 64 rows spill kilobytes
+        rows, k, h, warps, stages = 16, 16, 32, 8, 2
+    elif target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10)):
+        rows, k, h, warps, stages = 64, 32, 64, 8, 3
+    elif target.backend == "cuda":
+        # mma.sync in a chain of products: each warp takes 16 rows of all columns, so four warps
+        rows, k, h, warps, stages = 64, 16, 64, 4, 3
+    else:
+        rows, k, h, warps, stages = 64, 32, 64, 4, 2  # 64 KiB of LDS
+    return {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with its last dimension contiguous."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def launch_arguments(
+    x: Sequence[Tensor],
+    query: Tensor | None,
+    residual: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor,
+    w_score: Tensor | None,
+    b_score: Tensor | None,
+    w_out: Tensor,
+    temperature: Tensor | None,
+    mask: Tensor | None,
+    score_offset: Tensor | None,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+    target: GPUTarget | None,
+) -> dict:
+    """The arguments of `_adapter_fusion_fwd_kernel` for a call of `adapter_fusion`."""
+    num_rows, hidden_size = x[0].shape
+    out = x[0].new_empty(num_rows, hidden_size)
+    p_shape = [0] if w_score is None else [num_rows, len(sizes)]
+    p = x[0].new_empty(p_shape, dtype=torch.float32)
+    if len(x) == 1:
+        inputs = _rows(x[0]).unsqueeze(0)
+    else:
+        inputs = torch.stack(list(x))
+        query = x[0] if query is None else query
+    query, residual = _rows(query), _rows(residual)
+    block_d, block_r = _column_blocks(sum(sizes))
+    return {
+        "x_ptr": inputs,
+        "query_ptr": query,
+        "residual_ptr": residual,
+        "w_down_ptr": w_down.contiguous(),
+        "b_down_ptr": b_down.contiguous(),
+        "w_score_ptr": _contiguous(w_score),
+        "b_score_ptr": _contiguous(b_score),
+        "w_out_ptr": w_out.contiguous(),
+        "temperature_ptr": temperature,
+        "mask_ptr": _contiguous(mask),
+        "offset_ptr": _contiguous(score_offset),
+        "out_ptr": out,
+        "p_ptr": p,
+        "num_rows": num_rows,
+        "stride_xi": inputs.stride(0),
+        "stride_xm": inputs.stride(1),
+        "stride_qm": 0 if query is None else query.stride(0),
+        "stride_rm": 0 if residual is None else residual.stride(0),
+        "H": hidden_size,
+        "ENDS": tuple(accumulate(sizes)),
+        "ACTIVATIONS": tuple(activations),
+        "CODES": tuple(sorted(set(activations))),
+        "NUM_INPUTS": len(x),
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "BLOCK_N": _padded(len(sizes)),
+        "INTERPRETED": _INTERPRETED,
+        **_schedule(x[0].dtype, target),
+    }
+
+
+def adapter_fusion(
+    x: Sequence[Tensor],
+    query: Tensor | None,
+    residual: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor,
+    w_score: Tensor | None,
+    b_score: Tensor | None,
+    w_out: Tensor,
+    temperature: Tensor | None,
+    mask: Tensor | None,
+    score_offset: Tensor | None,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """See `fastfusion.ops.adapter_fusion`."""
+    arguments = launch_arguments(
+        x, query, residual, w_down, b_down, w_score, b_score, w_out, temperature, mask,
+        score_offset, sizes, activations, _target(x[0].device),
+    )  # fmt: skip
+    out, p = arguments["out_ptr"], arguments["p_ptr"]
+    if out.numel() > 0:
+        grid = (triton.cdiv(arguments["num_rows"], arguments["BLOCK_T"]),)
+        with torch.cuda.device_of(out):
+            _adapter_fusion_fwd_kernel[grid](**arguments)
+    return out, p
+
+
+def adapter_fusion_norm(
+    hidden: Tensor,
+    input: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    ln_eps: float,
+    ln_before: bool,
+    w_down: Tensor,
+    b_down: Tensor,
+    w_score: Tensor | None,
+    b_score: Tensor | None,
+    w_out: Tensor,
+    temperature: Tensor | None,
+    mask: Tensor | None,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `fastfusion.ops.adapter_fusion_norm`; both norms are PyTorch's around the kernel."""
+    norm = ([hidden.shape[-1]], ln_weight, ln_bias, ln_eps)
+    summed = hidden + input
+    x = F.layer_norm(summed, *norm) if ln_before else hidden
+    pre_norm, p = adapter_fusion(
+        [x], None, summed, w_down, b_down, w_score, b_score, w_out, temperature, mask, None,
+        sizes, activations,
+    )  # fmt: skip
+    out = F.layer_norm(pre_norm, *norm)
+    if save:
+        return out, p, summed, pre_norm
+    return out, p, out.new_empty(0), out.new_empty(0)
