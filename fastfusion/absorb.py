@@ -2,8 +2,8 @@
 
 Ordinary differentiable matmuls, so that a training step rebuilds the packs in every forward and
 autograd carries the packs' gradients to the parameters. Symbols: `H` hidden size, adapter `i` with
-`D_i [d_i, H], b_i` (down) and `U_i [H, d_i], u_i` (up, scaling folded in), fusion `Wq, bq, Wk, bk, Wv`;
-`D = sum(d_i)`, `N` adapters.
+`D_i [d_i, H], b_i` (down) and `U_i [H, d_i], u_i` (up, scaling folded in), the fusion's `Wq, bq,
+Wk, bk, Wv`; `D = sum(d_i)`, `N` adapters.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from .ops import PackedWeights
 
 _ROW_MULTIPLE = 8
-"""Ragged widths cost a matrix product 10 %: 291 columns 3.73 ms, 296 columns 3.32 ms (CPU, fp32)."""
+"""Ragged widths cost a product 10 %: 291 columns took 3.73 ms, 296 columns 3.32 ms (CPU, fp32)."""
 
 
 class Bottleneck(NamedTuple):
@@ -107,9 +107,7 @@ def _shape(adapters: Sequence[Bottleneck]) -> tuple[list[int], list[int]]:
 
 def pack_single(adapter: Bottleneck) -> PackedWeights:
     """One adapter with weight 1: `residual + act(x D^T + b) U^T + u`."""
-    return PackedWeights(
-        *_down([adapter]), None, None, _up([adapter]), None, *_shape([adapter])
-    )
+    return PackedWeights(*_down([adapter]), None, None, _up([adapter]), None, *_shape([adapter]))
 
 
 def pack_absorbed(adapters: Sequence[Bottleneck], attention: Attention) -> PackedWeights:

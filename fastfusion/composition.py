@@ -143,7 +143,7 @@ _ALLOWED_CHILDREN: dict[type, tuple[type, ...]] = {Stack: (Fuse,), Fuse: (Stack,
 
 
 def _check_depth(block: Setup, level: int = 0) -> None:
-    """Below the top a Stack holds names only: Stack(a, Fuse(b, Stack(c, d))) is the deepest tree."""
+    """Below the top a Stack holds names only: Stack(a, Fuse(b, Stack(c, d))) is the deepest."""
     if isinstance(block, str):
         return
     if level > 0 and isinstance(block, Stack) and not all(isinstance(c, str) for c in block):

@@ -608,15 +608,20 @@ ADAPTERFUSION_CONFIG_MAP: dict[str, AdapterFusionConfig] = {
 """The fusion configurations that can be asked for by name."""
 
 
-def _by_hash(configs: Mapping[str, AdapterConfig]) -> tuple[dict[str, str], dict[str, dict]]:
-    """Name -> identifier and identifier -> dictionary."""
+def _identified(
+    configs: Mapping[str, AdapterConfig], named: Mapping[str, AdapterConfig]
+) -> tuple[dict[str, str], dict[str, dict]]:
+    """Name -> identifier, and identifier -> dictionary where the identifier is no name in a map."""
     identifiers: dict[str, str] = {}
     config_map: dict[str, dict] = {}
     for name, config in configs.items():
-        identifier, values = get_adapter_config_hash(config), config.to_dict()
-        # the hash takes scaling 0.0 and 1.0 for the same
-        while config_map.setdefault(identifier, values) != values:
-            identifier += "_"
+        # by name where there is one: `adapters` cannot read a fusion's dictionary back
+        identifier = next((key for key, known in named.items() if known == config), None)
+        if identifier is None:
+            identifier, values = get_adapter_config_hash(config), config.to_dict()
+            # the hash takes scaling 0.0 and 1.0 for the same
+            while config_map.setdefault(identifier, values) != values:
+                identifier += "_"
         identifiers[name] = identifier
     return identifiers, config_map
 
@@ -656,8 +661,8 @@ class ModelAdaptersConfig:
 
     def to_dict(self) -> dict[str, dict]:
         """The key `adapters` of config.json, as `adapters` writes and reads it."""
-        adapters, config_map = _by_hash(self.adapters)
-        fusions, fusion_config_map = _by_hash(self.fusions)
+        adapters, config_map = _identified(self.adapters, ADAPTER_CONFIG_MAP)
+        fusions, fusion_config_map = _identified(self.fusions, ADAPTERFUSION_CONFIG_MAP)
         return {
             "adapters": adapters,
             "config_map": config_map,

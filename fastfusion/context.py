@@ -1,7 +1,6 @@
 """What holds for one thread and one call: the setup to use, and what the forward is to report."""
 
 import threading
-from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
@@ -56,10 +55,10 @@ class ForwardContext:
     """What one forward of a model is to report beside its outputs.
 
     Args:
-        output_adapter_fusion_attentions: collect `adapter_fusion_attentions[fusion][layer][location]`,
-            [B, S, N] each.
-        output_adapter_gating_scores: collect `adapter_gating_scores[adapter][layer][location]`, [B]
-            each.
+        output_adapter_fusion_attentions: collect `adapter_fusion_attentions`, a tensor [B, S, N]
+            for each `[fusion][layer][location]`.
+        output_adapter_gating_scores: collect `adapter_gating_scores`, a tensor [B] for each
+            `[adapter][layer][location]`.
     """
 
     ARGUMENTS = ("output_adapter_fusion_attentions", "output_adapter_gating_scores")
@@ -72,8 +71,7 @@ class ForwardContext:
     ):
         self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
         self.output_adapter_gating_scores = output_adapter_gating_scores
-        self.adapter_fusion_attentions: dict = defaultdict(lambda: defaultdict(dict))
-        self.adapter_gating_scores: dict = defaultdict(lambda: defaultdict(dict))
+        self._records: dict[str, dict] = {}
         self._outer: ForwardContext | None = None
 
     def __enter__(self) -> "ForwardContext":
@@ -89,13 +87,12 @@ class ForwardContext:
         """The forward that this thread is in."""
         return getattr(_local, "forward", None)
 
+    def record(self, output: str, name: str, layer_idx: int, location: str, value: Tensor) -> None:
+        """Note a value of one place, detached: no copy and no wait for the device."""
+        layers = self._records.setdefault(output, {}).setdefault(name, {})
+        layers.setdefault(layer_idx, {})[location] = value.detach()
+
     def outputs(self) -> dict[str, dict[str, dict[int, dict[str, Tensor]]]]:
-        """What was asked for, by output name, as plain nested dictionaries."""
-        return {
-            argument.removeprefix("output_"): {
-                name: {layer: dict(places) for layer, places in layers.items()}
-                for name, layers in getattr(self, argument.removeprefix("output_")).items()
-            }
-            for argument in self.ARGUMENTS
-            if getattr(self, argument)
-        }
+        """What was asked for, by output name: `[name][layer][location]`."""
+        asked = [name.removeprefix("output_") for name in self.ARGUMENTS if getattr(self, name)]
+        return {name: self._records.get(name, {}) for name in asked}

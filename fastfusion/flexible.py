@@ -99,7 +99,10 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads."""
         self.config.adapters = self.adapters_config.to_dict()
-        super().save_pretrained(save_directory, **kwargs)
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        # ln_before adapters hold their norm under two names; transformers wants no shared tensors
+        state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
 
 
 @functools.cache

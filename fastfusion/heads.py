@@ -23,9 +23,6 @@ __all__ = [
     "head_from_config",
 ]
 
-_PASSED_ON = ("adapter_fusion_attentions", "adapter_gating_scores", "adapter_input_parallelized")
-"""Outputs of the adapters that travel from the base model's output to the head's."""
-
 
 class _Activation(nn.Module):
     def __init__(self, name: str) -> None:
@@ -395,7 +392,7 @@ class FlexibleHeadsMixin:
         """
         if head_name is None and self._active_head is None:
             return all_outputs
-        output = self._head(head_name)(
+        return self._head(head_name)(
             all_outputs,
             cls_output=cls_output,
             attention_mask=attention_mask,
@@ -403,8 +400,3 @@ class FlexibleHeadsMixin:
             pooled_output=pooled_output,
             **kwargs,
         )
-        if isinstance(output, ModelOutput) and isinstance(all_outputs, ModelOutput):
-            for key in _PASSED_ON:
-                if key in all_outputs:
-                    output[key] = all_outputs[key]
-        return output

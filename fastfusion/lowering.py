@@ -1,4 +1,4 @@
-"""Composition blocks -> stages: what runs at one place of a layer, decided before any tensor is there.
+"""Composition blocks -> stages: what runs at one place, decided before any tensor is there.
 
 A stage is one mixture of bottlenecks: a single adapter (weight 1) or a Fuse (attention). A Stack is
 its stages one after the other; adapters that are absent at the place are left out.
@@ -27,8 +27,10 @@ class Stage:
     branches: tuple[Branch, ...]
     fusion: str | None = None
 
-
-Plan = tuple[Stage, ...]
+    @classmethod
+    def single(cls, adapter: str) -> "Stage":
+        """The stage of one adapter by itself."""
+        return cls((Branch(adapter),))
 
 
 def _branch(child: Setup, present: Callable[[str], bool]) -> Branch | None:
@@ -38,7 +40,9 @@ def _branch(child: Setup, present: Callable[[str], bool]) -> Branch | None:
     return Branch(names[-1], tuple(names[:-1])) if names else None
 
 
-def lower(setup: AdapterCompositionBlock | None, present: Callable[[str], bool]) -> Plan:
+def lower(
+    setup: AdapterCompositionBlock | None, present: Callable[[str], bool]
+) -> tuple[Stage, ...]:
     """The stages of a setup at one place.
 
     Args:
@@ -57,5 +61,5 @@ def lower(setup: AdapterCompositionBlock | None, present: Callable[[str], bool])
             if branches:
                 stages.append(Stage(branches, child.name))
         elif present(child):
-            stages.append(Stage((Branch(child),)))
+            stages.append(Stage.single(child))
     return tuple(stages)

@@ -1,76 +1,120 @@
-"""One mixture at one place, ready to run: which form, which weights, and the call of the op."""
+"""One mixture at one place, bound to its modules: the form, the weights, the call of the op."""
 
 import functools
+import itertools
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import absorb
-from .modules import AdapterFusion
+from .modules import Adapter, AdapterFusion
 from .ops import PackedWeights, adapter_fusion, adapter_fusion_norm
-from .packing import PackCache
+from .packing import Pack, PackCache
+
+if TYPE_CHECKING:
+    from .layer import PlaceSettings
 
 
-def _build(parameters: absorb.Parameters, absorbed: bool, tensors: Sequence[Tensor]):
-    return absorb.pack(parameters.with_tensors(tensors), absorbed)
+_handles = itertools.count()
+_mixtures: "weakref.WeakValueDictionary[int, Mixture]" = weakref.WeakValueDictionary()
+"""What compiled graphs know mixtures by."""
 
 
 class Mixture:
-    """A mixture's parameters with everything that decides how it is computed.
+    """A single adapter, or adapters under a fusion layer, at one place.
+
+    Made when a setup is activated, so that a forward only gathers parameters and calls the op.
 
     Args:
-        parameters: of the adapters and, for a Fuse, of the attention over them.
-        fusion: the fusion layer, or None for a single adapter.
+        adapters: in the fusion's order; one without a fusion.
+        fusion: the fusion layer, or None.
         packs: the place's packed weights.
-        key: what the mixture is called there.
-        like: [..., H]: the number of rows, the device and the dtype of what it will be run on.
-        backend: as for `fastfusion.ops.adapter_fusion`.
-
-    Raises:
-        ValueError: the adapters' dtype or device is not that of `like`.
+        settings: `backend`, as for `fastfusion.init`.
     """
 
     def __init__(
         self,
-        parameters: absorb.Parameters,
+        adapters: Sequence[Adapter],
         fusion: AdapterFusion | None,
         packs: PackCache,
-        key: Any,
-        like: Tensor,
-        backend: str | None,
+        settings: "PlaceSettings",
     ):
-        self._parameters = parameters
-        self._tensors = parameters.tensors()
-        self._fusion = fusion
+        self._register()
+        self.adapters = list(adapters)
+        self.fusion = fusion
         self._packs = packs
-        self._backend = backend
-        self._dtype = self._compute_dtype(like)
-        self._recorded = torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors)
-        hidden_size = like.shape[-1]
-        columns = sum(adapter.w_down.shape[0] for adapter in parameters.adapters)
-        self.absorbed = fusion is None or (
-            fusion.is_absorbable()
-            and absorb.prefers_absorbed(
-                like.numel() // hidden_size, hidden_size, columns, self._recorded
-            )
+        self._settings = settings
+        self._columns = sum(adapter.bottleneck_size for adapter in adapters)
+        last = adapters[-1].config
+        reads_sum = fusion is None or not (
+            fusion.config["query_before_ln"] and last["original_ln_before"]
         )
-        """Whether the op computes the whole mixture; otherwise the fusion's matrices stay outside."""
-        self._key = (key, self.absorbed)
+        self._shape_takes_norm = (
+            reads_sum
+            and not last["is_parallel"]
+            and last["residual_before_ln"] is True
+            and last["original_ln_after"]
+            and not any(adapter.config["ln_before"] for adapter in adapters)
+        )
 
-    def _compute_dtype(self, like: Tensor) -> torch.dtype:
-        device = like.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        for tensor in self._tensors:
-            if tensor.dtype != like.dtype or tensor.device != like.device:
-                raise ValueError(
-                    f"adapters: expected {like.dtype} on {like.device} as the hidden states; got "
-                    f"{tensor.dtype} on {tensor.device} (use adapter_to / adapter_fusion_to)"
-                )
-        return like.dtype
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        _mixtures[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:
+        # a copy is a mixture of its own
+        self.__dict__.update(state)
+        self._register()
+
+    @property
+    def config(self):
+        """The pre step, the post step and the norms of a mixture are those of its last adapter."""
+        return self.adapters[-1].config
+
+    def _tensors(self) -> list[Tensor]:
+        tensors: list[Tensor] = []
+        for adapter in self.adapters:
+            tensors += adapter.tensors()
+        if self.fusion is not None:
+            tensors += self.fusion.tensors()
+        return tensors
+
+    def _parameters(self) -> absorb.Parameters:
+        attention = None if self.fusion is None else self.fusion.attention()
+        return absorb.Parameters([adapter.bottleneck() for adapter in self.adapters], attention)
+
+    def _is_absorbed(self, hidden: Tensor) -> bool:
+        """Whether the op computes the whole mixture; else the fusion's matrices stay outside."""
+        if self.fusion is None:
+            return True
+        if not self.fusion.is_absorbable():
+            return False
+        recorded = torch.is_grad_enabled() and _is_recorded(self._tensors())
+        hidden_size = hidden.shape[-1]
+        rows = hidden.numel() // hidden_size
+        return absorb.prefers_absorbed(rows, hidden_size, self._columns, recorded)
+
+    def takes_norm(self, hidden: Tensor, layer_norm: nn.Module | None) -> bool:
+        """Whether the model's residual and LayerNorm around the mixture go into the op.
+
+        Args:
+            hidden: [..., H], what the place reads.
+            layer_norm: the model's.
+        """
+        if not self._shape_takes_norm or type(layer_norm) is not nn.LayerNorm:
+            return False
+        weight, bias = layer_norm.weight, layer_norm.bias
+        if weight is None or bias is None or weight.dtype != hidden.dtype:
+            return False
+        if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+            return False
+        if torch.is_autocast_enabled(hidden.device.type):
+            return False
+        return self._is_absorbed(hidden)
 
     def run(
         self,
@@ -89,49 +133,63 @@ class Mixture:
 
         Returns:
             [..., H] and [..., N] (empty for a single adapter).
+
+        Raises:
+            ValueError: the adapters' dtype or device is not that of the inputs.
         """
         *batch, hidden_size = inputs[0].shape
-        x = [self._rows(t) for t in inputs]
-        query = None if query is None else self._rows(query)
-        residual = None if residual is None else self._rows(residual)
-        mask = None if mask is None else self._rows(mask)
-        if self.absorbed:
-            out, p = self._call(x, query, residual, mask, None)
+        device = inputs[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
+
+        x, query, residual, mask = (
+            [rows(t) for t in inputs],
+            rows(query),
+            rows(residual),
+            rows(mask),
+        )
+        tensors = self._tensors()
+        if self._is_absorbed(x[0]):
+            out, p = self._call(True, tensors, x, query, residual, mask, None)
         else:
-            out, p = self._run_factored(x, query, residual, mask)
-        return out.view(*batch, hidden_size), self._attention(p, batch, inputs[0].dtype)
+            out, p = self._run_factored(tensors, x, query, residual, mask)
+        return out.view(*batch, hidden_size), _attention(p, batch, inputs[0].dtype)
 
     def run_norm(
-        self,
-        hidden: Tensor,
-        input: Tensor,
-        layer_norm: nn.LayerNorm,
-        ln_before: bool,
-        mask: Tensor | None,
+        self, hidden: Tensor, input: Tensor, layer_norm: nn.LayerNorm, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The mixture with the model's residual and LayerNorm around it (absorbed form only)."""
+        """The mixture with the model's residual and LayerNorm around it; see `takes_norm`.
+
+        Args:
+            hidden, input: [..., H], the sub-layer's output and input.
+            layer_norm: the model's.
+            mask: dropout on the scores, [..., N].
+
+        Returns:
+            [..., H] and [..., N] (empty for a single adapter).
+        """
         *batch, hidden_size = hidden.shape
+        rows = (hidden.reshape(-1, hidden_size), input.reshape(-1, hidden_size))
+        ln_before = self.config["original_ln_before"]
         norm = (layer_norm.weight, layer_norm.bias, layer_norm.eps, ln_before)
-        rows = (self._rows(hidden), self._rows(input))
-        mask = None if mask is None else self._rows(mask)
-        if self._looks_up_in_graph(mask):
-            out, p = torch.ops.fastfusion.adapter_fusion_norm_packed(*rows, *norm, *self._packed())
+        if mask is not None:
+            mask = mask.reshape(-1, mask.shape[-1])
+        tensors = self._tensors()
+        if _looks_up_in_graph(mask):
+            packed = self._packed_arguments(True, tensors)
+            out, p = torch.ops.fastfusion.adapter_fusion_norm_packed(*rows, *norm, *packed)
         else:
-            out, p = adapter_fusion_norm(
-                *rows, *norm, self._weights(mask), mask=mask, backend=self._backend
-            )
-        return out.view(*batch, hidden_size), self._attention(p, batch, hidden.dtype)
+            weights = self._weights(True, tensors, rows[0], mask)
+            backend = self._settings.backend
+            out, p = adapter_fusion_norm(*rows, *norm, weights, mask=mask, backend=backend)
+        return out.view(*batch, hidden_size), _attention(p, batch, hidden.dtype)
 
-    def _rows(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, tensor.shape[-1]).to(self._dtype)
-
-    @staticmethod
-    def _attention(p: Tensor, batch: list[int], dtype: torch.dtype) -> Tensor:
-        return p.view(*batch, -1).to(dtype) if p.dim() == 2 else p
-
-    def _run_factored(self, x, query, residual, mask) -> tuple[Tensor, Tensor]:
+    def _run_factored(self, tensors, x, query, residual, mask) -> tuple[Tensor, Tensor]:
         """The fusion's matrices on the rows: query' = Wk^T (Wq h + bq) in front, Wv behind."""
-        attention, config = self._parameters.attention, self._fusion.config
+        attention, config = self.fusion.attention(), self.fusion.config
         query = x[0] if query is None else query
         if attention.w_query is not None:
             query = F.linear(query, attention.w_query, attention.b_query)
@@ -139,45 +197,128 @@ class Mixture:
         if attention.w_key is not None:
             # the same for every adapter, so it matters under dropout alone; but a recorded bias
             # must get a gradient of zeros, not none
-            if mask is not None or self._recorded:
+            if mask is not None or _is_recorded(tensors):
                 offset = query @ attention.b_key
             query = query @ attention.w_key
         first = residual if config["residual_before"] else None
         if first is not None and mask is not None:
             shared = (query * first).sum(-1)
             offset = shared if offset is None else offset + shared
-        out, p = self._call(x, query, first, mask, offset)
+        out, p = self._call(False, tensors, x, query, first, mask, offset)
         if attention.w_value is not None:
             out = F.linear(out, attention.w_value)
         return (out if first is not None else out + residual), p
 
-    def _call(self, x, query, residual, mask, offset) -> tuple[Tensor, Tensor]:
-        if self._looks_up_in_graph(mask):
-            return torch.ops.fastfusion.adapter_fusion_packed(x, query, residual, *self._packed())
+    def _call(self, absorbed, tensors, x, query, residual, mask, offset) -> tuple[Tensor, Tensor]:
+        if _looks_up_in_graph(mask):
+            packed = self._packed_arguments(absorbed, tensors)
+            return torch.ops.fastfusion.adapter_fusion_packed(x, query, residual, *packed)
+        weights = self._weights(absorbed, tensors, x[0], mask)
         return adapter_fusion(
-            x, query, residual, self._weights(mask),
-            mask=mask, score_offset=offset, backend=self._backend,
+            x, query, residual, weights,
+            mask=mask, score_offset=offset, backend=self._settings.backend,
         )  # fmt: skip
 
-    def _weights(self, mask: Tensor | None) -> PackedWeights:
-        temperature = None if self._fusion is None else self._fusion.temperature
-        # traced code cannot look into the cache; a mask is there in training alone
-        if self._recorded or mask is not None or torch.compiler.is_compiling():
-            self._packs.drop()
-            with torch.autocast(self._tensors[0].device.type, enabled=False):
-                weights = absorb.pack(self._parameters, self.absorbed)
-            tensors = [t if t is None else t.to(self._dtype) for t in weights[:5]]
-            return PackedWeights(*tensors, temperature, *weights[6:])
-        return self._pack().weights(self._tensors, temperature)
+    def _weights(
+        self, absorbed: bool, tensors: list[Tensor], like: Tensor, mask: Tensor | None
+    ) -> PackedWeights:
+        temperature = None if self.fusion is None else self.fusion.temperature
+        # traced code cannot look into the cache, and a mask is there in training alone
+        if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
+            return self.packed(absorbed, like).weights(tensors, temperature)
+        self._packs.drop()
+        _check_like(tensors, like)
+        with torch.autocast(like.device.type, enabled=False):
+            weights = absorb.pack(self._parameters(), absorbed)
+        cast = [t if t is None else t.to(like.dtype) for t in weights[:5]]
+        return PackedWeights(*cast, temperature, *weights[6:])
 
-    def _pack(self):
-        build = functools.partial(_build, self._parameters, self.absorbed)
-        return self._packs.pack(self._key, build, self._dtype)
+    def packed(self, absorbed: bool, like: Tensor) -> Pack:
+        """The cached weights of a form, for rows of the dtype of `like`."""
+        return self._packs.pack((self, absorbed, like.dtype), self._make_pack, absorbed, like)
 
-    def _looks_up_in_graph(self, mask: Tensor | None) -> bool:
-        return mask is None and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    def _make_pack(self, absorbed: bool, like: Tensor) -> Pack:
+        _check_like(self._tensors(), like)
+        return Pack(functools.partial(_build, self._parameters(), absorbed), like.dtype)
 
-    def _packed(self) -> tuple:
-        temperature = None if self._fusion is None else self._fusion.temperature
-        count = 0 if self._fusion is None else len(self._parameters.adapters)
-        return self._tensors, temperature, count, self._pack().handle, self._backend
+    def _packed_arguments(self, absorbed: bool, tensors: list[Tensor]) -> tuple:
+        temperature = None if self.fusion is None else self.fusion.temperature
+        count = 0 if self.fusion is None else len(self.adapters)
+        return tensors, temperature, count, self.handle, absorbed, self._settings.backend
+
+
+def _build(parameters: absorb.Parameters, absorbed: bool, tensors: Sequence[Tensor]):
+    return absorb.pack(parameters.with_tensors(tensors), absorbed)
+
+
+def _is_recorded(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _looks_up_in_graph(mask: Tensor | None) -> bool:
+    return mask is None and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _check_like(tensors: list[Tensor], like: Tensor) -> None:
+    autocast = torch.is_autocast_enabled(like.device.type)
+    for tensor in tensors:
+        if tensor.device != like.device or (tensor.dtype != like.dtype and not autocast):
+            raise ValueError(
+                f"adapters: expected {like.dtype} on {like.device}, as the hidden states are; got "
+                f"{tensor.dtype} on {tensor.device} (see adapter_to and adapter_fusion_to)"
+            )
+
+
+def _attention(p: Tensor, batch: list[int], dtype: torch.dtype) -> Tensor:
+    return p.view(*batch, p.shape[-1]).to(dtype) if p.dim() == 2 else p
+
+
+# The packed ops: what a compiled graph calls without gradients. The cache is looked up inside, at
+# run time, since comparing versions and addresses in traced code would break the graph.
+
+_LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
+_PACKED = (
+    "Tensor[] tensors, Tensor? temperature, int num_adapters, int mixture, bool absorbed, "
+    "str? backend"
+)
+_LIBRARY.define(
+    f"adapter_fusion_packed(Tensor[] x, Tensor? query, Tensor? residual, {_PACKED}) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "adapter_fusion_norm_packed(Tensor hidden, Tensor input, Tensor ln_weight, Tensor ln_bias, "
+    f"float ln_eps, bool ln_before, {_PACKED}) -> (Tensor, Tensor)"
+)
+
+
+def _adapter_fusion_packed(x, query, residual, tensors, temperature, _, mixture, absorbed, backend):
+    weights = _mixtures[mixture].packed(absorbed, x[0]).weights(tensors, temperature)
+    with torch.no_grad():
+        return adapter_fusion(x, query, residual, weights, backend=backend)
+
+
+def _adapter_fusion_norm_packed(hidden, input, *args):
+    *norm, tensors, temperature, _, mixture, absorbed, backend = args
+    weights = _mixtures[mixture].packed(absorbed, hidden).weights(tensors, temperature)
+    with torch.no_grad():
+        return adapter_fusion_norm(hidden, input, *norm, weights, backend=backend)
+
+
+def _fake_packed(like: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    shape = [like.shape[0], num_adapters] if num_adapters else [0]
+    return like.new_empty(like.shape), like.new_empty(shape, dtype=dtype)
+
+
+_LIBRARY.impl("adapter_fusion_packed", _adapter_fusion_packed, "CompositeExplicitAutograd")
+_LIBRARY.impl("adapter_fusion_norm_packed", _adapter_fusion_norm_packed, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion_packed", lib=_LIBRARY)
+def _(x, query, residual, tensors, temperature, num_adapters, *_):
+    return _fake_packed(x[0], num_adapters)
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion_norm_packed", lib=_LIBRARY)
+def _(hidden, input, weight, bias, eps, before, tensors, temperature, num_adapters, *_):
+    return _fake_packed(hidden, num_adapters)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, serialization
 from .composition import AdapterCompositionBlock, Fuse, Setup, Stack, parse_composition
 from .configuration import AdapterConfig, AdapterFusionConfig, ModelAdaptersConfig
 from .context import AdapterSetup, ForwardContext
@@ -108,7 +108,7 @@ class ModelAdaptersMixin:
 
     @property
     def model_frozen(self) -> bool:
-        """Whether `train_adapter`, `train_adapter_fusion` or `freeze_model` froze the base model."""
+        """Whether `train_adapter`, `train_adapter_fusion` or `freeze_model` froze the model."""
         return self.model_adapters.frozen
 
     def has_adapters(self) -> bool:
@@ -183,7 +183,10 @@ class ModelAdaptersMixin:
             )
         hidden_size = self.config.hidden_size
         new = [
-            (layer, Adapter(config, hidden_size, config.bottleneck_size(hidden_size, layer.layer_idx)))
+            (
+                layer,
+                Adapter(config, hidden_size, config.bottleneck_size(hidden_size, layer.layer_idx)),
+            )
             for layer in self.model_adapters.layers
             if config.match(layer.layer_idx, layer.location)
         ]
@@ -314,7 +317,9 @@ class ModelAdaptersMixin:
         name = adapter_names if isinstance(adapter_names, str) else _fusion_names(adapter_names)[1]
         if name not in self.adapters_config.fusions:
             known = ", ".join(map(repr, self.adapters_config.fusions)) or "none"
-            raise ValueError(f"adapter_names: expected a fusion of the model ({known}); got {name!r}")
+            raise ValueError(
+                f"adapter_names: expected a fusion of the model ({known}); got {name!r}"
+            )
         return name
 
     # -- training -------------------------------------------------------------------------------
@@ -380,6 +385,18 @@ class ModelAdaptersMixin:
             if fusion.config["value"] and fusion.value.weight.requires_grad
         ]
         return reference.fusion_regularization(values) if values else None
+
+    # -- files ----------------------------------------------------------------------------------
+
+    save_adapter = serialization.save_adapter
+    save_all_adapters = serialization.save_all_adapters
+    load_adapter = serialization.load_adapter
+    save_adapter_fusion = serialization.save_adapter_fusion
+    save_all_adapter_fusions = serialization.save_all_adapter_fusions
+    load_adapter_fusion = serialization.load_adapter_fusion
+    save_head = serialization.save_head
+    save_all_heads = serialization.save_all_heads
+    load_head = serialization.load_head
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -555,6 +572,6 @@ def restore(model: nn.Module) -> None:
 
 
 def refresh(model: nn.Module) -> None:
-    """Drop the packed weights: after writes to parameters that leave no trace, as through `.data`."""
+    """Drop the packed weights: after writes to parameters that leave no trace (`.data`)."""
     for layer in model.model_adapters.layers:
         layer.packs.drop()

@@ -42,7 +42,7 @@ _INITIALIZERS: dict[str, tuple[Callable, Callable]] = {
     "mam_adapter": (_init_mam_down, _init_zero),
     "houlsby": (_init_houlsby, _init_houlsby),
 }
-"""init_weights -> how the down- and the up-projection start (He et al. 2022; Houlsby et al. 2019)."""
+"""init_weights -> how down and up start (He et al. 2022; Houlsby et al. 2019)."""
 
 
 class Adapter(nn.Module):
@@ -58,6 +58,7 @@ class Adapter(nn.Module):
     def __init__(self, config: BnConfig, hidden_size: int, bottleneck_size: int):
         super().__init__()
         self.config = config
+        self.bottleneck_size = bottleneck_size
         self.activation = activation_code(config["non_linearity"])
         if config["init_weights_seed"]:
             torch.manual_seed(config["init_weights_seed"])
@@ -98,6 +99,20 @@ class Adapter(nn.Module):
             None if norm is None else norm.bias,
             self.activation,
         )
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `bottleneck()`, in its order: what a forward looks at every time."""
+        modules = self._modules
+        down, up = modules["adapter_down"]._modules, modules["adapter_up"]._parameters
+        has_norm = len(down) == 2
+        linear = down["1" if has_norm else "0"]._parameters
+        tensors = [linear["weight"], linear["bias"], up["weight"], up["bias"]]
+        if "scaling" in self._parameters:
+            tensors.append(self._parameters["scaling"])
+        if has_norm:
+            norm = down["0"]._parameters
+            tensors += [norm["weight"], norm["bias"]]
+        return tensors
 
     def is_plain(self) -> bool:
         """Whether the output is the scaled up-projection plus the residual and nothing else."""
@@ -143,6 +158,14 @@ class AdapterFusion(nn.Module):
         else:
             self.temperature = None
 
+    def _apply(self, fn, recurse=True):
+        # half precision cannot hold 50 - 0.05: the temperature moves along, its dtype stays
+        precise = self.temperature
+        super()._apply(fn, recurse)
+        if precise is not None:
+            self.temperature = precise.to(self.temperature.device)
+        return self
+
     def attention(self) -> Attention:
         """The parameters that weigh and transform the adapters' outputs."""
         query, key, value = (self._modules.get(name) for name in ("query", "key", "value"))
@@ -154,13 +177,24 @@ class AdapterFusion(nn.Module):
             None if value is None else value.weight,
         )
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `attention()`, in its order."""
+        modules = self._modules
+        tensors: list[Tensor] = []
+        for name in ("query", "key"):
+            if name in modules:
+                tensors += [modules[name]._parameters["weight"], modules[name]._parameters["bias"]]
+        if "value" in modules:
+            tensors.append(modules["value"]._parameters["weight"])
+        return tensors
+
     def advance_temperature(self) -> None:
-        """One step of the decay from 50 to 1, in a new tensor: the old one may wait for a backward."""
+        """One step of the decay from 50 to 1, in a new tensor: the old may wait for a backward."""
         step = self.INITIAL_TEMPERATURE / 1000.0
         self.temperature = (self.temperature - step).clamp(min=1.0)
 
     def is_absorbable(self) -> bool:
-        """Whether the absorbed form exists: `residual_before` feeds the residual into key and value."""
+        """Whether the absorbed form exists: not with the residual in key and value."""
         return not self.config["residual_before"]
 
 
@@ -192,8 +226,8 @@ def check_module_name(name: str, argument: str = "name") -> None:
     """Raise a ValueError for a name that cannot be a key of a state dict."""
     if not isinstance(name, str) or not name or "." in name or name in _RESERVED:
         raise ValueError(
-            f"{argument}: expected a name without dots that is no attribute of torch.nn.ModuleDict; "
-            f"got {name!r}"
+            f"{argument}: expected a name without dots that is no attribute of "
+            f"torch.nn.ModuleDict; got {name!r}"
         )
 
 

@@ -1,7 +1,7 @@
 """The cache of packed weights for inference, and what makes a pack stale.
 
-A pack is built in fp32 (fp64 for fp32 models) and cast once; while its parameters stay the same it is
-used again, and when they change it is refreshed in place, so that CUDA graphs keep their addresses.
+A pack is built in fp32 (fp64 for fp32 models) and cast once; while its parameters stay the same it
+is used again, and when they change it is refreshed in place: CUDA graphs keep their addresses.
 
 A pack is stale when one of its parameters is another object, lies elsewhere in memory, has another
 version, or when any `torch.optim` optimizer has made a step since (fused optimizers do not move
@@ -9,8 +9,6 @@ versions). `train()`, `eval()`, `to()`, `load_state_dict()` and a recorded forwa
 through `.data` leave no trace: call `fastfusion.refresh(model)` after them.
 """
 
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .ops import PackedWeights, adapter_fusion, adapter_fusion_norm
+from .ops import PackedWeights
 
 _optimizer_steps = 0
 
@@ -31,12 +29,12 @@ def _count_optimizer_step(*_: Any) -> None:
 # adds to no optimizer: torch calls it after every step of every optimizer of the process
 register_optimizer_step_post_hook(_count_optimizer_step)
 
-_packs: "weakref.WeakValueDictionary[int, Pack]" = weakref.WeakValueDictionary()
-_handles = itertools.count()
 
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:  # tensors made in inference mode have none
+        return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 class Pack:
@@ -51,11 +49,9 @@ class Pack:
         self._build = build
         self._dtype = dtype
         self._weights: PackedWeights | None = None
+        # kept alive, so that no other tensor can get one of their ids
         self._sources: list[Tensor] = []
         self._state: list[int] = []
-        self.handle = next(_handles)
-        """What compiled graphs know this pack by."""
-        _packs[self.handle] = self
 
     def weights(self, sources: list[Tensor], temperature: Tensor | None) -> PackedWeights:
         """The packed weights of these parameters, rebuilt if they are stale.
@@ -67,11 +63,9 @@ class Pack:
         Raises:
             OverflowError: a packed weight is not representable in the parameters' dtype.
         """
-        state = [t.data_ptr() for t in sources]
-        state += [_version(t) for t in sources]
+        state = [*map(id, sources), *map(Tensor.data_ptr, sources), *_versions(sources)]
         state.append(_optimizer_steps)
-        stale = state != self._state or any(map(_is_not, sources, self._sources))
-        if self._weights is None or stale:
+        if self._weights is None or state != self._state:
             self._weights = self._refreshed(sources)
             self._sources, self._state = sources, state
         factor = self._weights.temperature
@@ -91,17 +85,8 @@ class Pack:
         self._sources, self._state = [], []
 
 
-def _is_not(a: Tensor, b: Tensor) -> bool:
-    return a is not b
-
-
-def pack_of(handle: int) -> Pack:
-    """The pack that a compiled graph was made with."""
-    return _packs[handle]
-
-
 def _in_range(weights: PackedWeights, dtype: torch.dtype) -> PackedWeights:
-    """Scale the score weights into fp16's range: scores are linear, the temperature takes the factor."""
+    """Scale the score weights into fp16's range: scores are linear, so the temperature pays."""
     if dtype != torch.float16:
         return weights
     limit = torch.finfo(dtype).max
@@ -125,7 +110,7 @@ def _in_range(weights: PackedWeights, dtype: torch.dtype) -> PackedWeights:
 def _stored(built: PackedWeights, dtype: torch.dtype, into: PackedWeights | None) -> PackedWeights:
     """The pack in the model's dtype: in the buffers of `into` where they fit, else in new ones.
 
-    `w_score` lies right behind `w_down`, so that one product serves both where query and input are one.
+    `w_score` lies right behind `w_down`: one product serves both where query and input are one.
     """
     stacks = [("w_down", "w_score"), ("b_down", "b_score"), ("w_out",)]
     stored = {}
@@ -135,7 +120,11 @@ def _stored(built: PackedWeights, dtype: torch.dtype, into: PackedWeights | None
         rows = sum(part.shape[0] for part in parts)
         shape = (rows, *parts[0].shape[1:])
         base = None if old is None else old._base
-        if base is None or base.shape != shape or (base.dtype, base.device) != (dtype, parts[0].device):
+        if (
+            base is None
+            or base.shape != shape
+            or (base.dtype, base.device) != (dtype, parts[0].device)
+        ):
             base = torch.empty(shape, dtype=dtype, device=parts[0].device)
         start = 0
         for name, part in zip(names, parts, strict=False):
@@ -151,13 +140,11 @@ class PackCache:
     def __init__(self) -> None:
         self._packs: dict[Any, Pack] = {}
 
-    def pack(
-        self, key: Any, build: Callable[[Sequence[Tensor]], PackedWeights], dtype: torch.dtype
-    ) -> Pack:
-        """The pack under a key and a dtype, made with `build` at the first call."""
-        pack = self._packs.get((key, dtype))
+    def pack(self, key: Any, make: Callable[..., Pack], *args: Any) -> Pack:
+        """The pack under a key, made by `make(*args)` at the first call."""
+        pack = self._packs.get(key)
         if pack is None:
-            pack = self._packs[key, dtype] = Pack(build, dtype)
+            pack = self._packs[key] = make(*args)
         return pack
 
     def drop(self) -> None:
@@ -174,47 +161,3 @@ class PackCache:
 
     def __reduce__(self):
         return PackCache, ()
-
-
-# The packed ops: what a compiled graph calls without gradients. The look-up happens inside, at run
-# time, since comparing versions and addresses in traced code would break the graph.
-
-_LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
-_SOURCES = "Tensor[] sources, Tensor? temperature, int num_adapters, int pack, str? backend"
-_LIBRARY.define(
-    f"adapter_fusion_packed(Tensor[] x, Tensor? query, Tensor? residual, {_SOURCES}) "
-    "-> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "adapter_fusion_norm_packed(Tensor hidden, Tensor input, Tensor ln_weight, Tensor ln_bias, "
-    f"float ln_eps, bool ln_before, {_SOURCES}) -> (Tensor, Tensor)"
-)
-
-
-def _adapter_fusion_packed(x, query, residual, sources, temperature, num_adapters, pack, backend):
-    weights = pack_of(pack).weights(sources, temperature)
-    with torch.no_grad():
-        return adapter_fusion(x, query, residual, weights, backend=backend)
-
-
-def _adapter_fusion_norm_packed(
-    hidden, input, ln_weight, ln_bias, ln_eps, ln_before, sources, temperature, _, pack, backend
-):
-    weights = pack_of(pack).weights(sources, temperature)
-    norm = (ln_weight, ln_bias, ln_eps, ln_before)
-    with torch.no_grad():
-        return adapter_fusion_norm(hidden, input, *norm, weights, backend=backend)
-
-
-def _fake(like: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    shape = [like.shape[0], num_adapters] if num_adapters else [0]
-    return like.new_empty(like.shape), like.new_empty(shape, dtype=dtype)
-
-
-for _name, _function, _fake_function in (
-    ("adapter_fusion_packed", _adapter_fusion_packed, lambda x, *a: _fake(x[0], a[-3])),
-    ("adapter_fusion_norm_packed", _adapter_fusion_norm_packed, lambda x, *a: _fake(x, a[-3])),
-):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastfusion::{_name}", _fake_function, lib=_LIBRARY)

@@ -1,7 +1,7 @@
 """The literal mathematics of bottleneck adapters and AdapterFusion: the truth of every test.
 
-Plain PyTorch, one step after the other, gradients by autograd, no rewriting. Parameters are mappings
-from the names of adapter files to tensors; configs are mappings as in `fastfusion.configuration`.
+Plain PyTorch, one step after the other, gradients by autograd, no rewriting. Parameters map from
+the names of adapter files to tensors; configs are mappings as in `fastfusion.configuration`.
 Shapes: `B` batch, `S` sequence, `H` hidden size, `d` bottleneck size, `N` adapters.
 """
 
@@ -107,7 +107,7 @@ def adapter_up(
 
     Args:
         x: [B, S, H], the adapter's input.
-        parameters: `adapter_down.0.weight` (`.1.` behind `adapter_norm_before`), `adapter_up.weight`, ...
+        parameters: `adapter_down.0.weight` (`.1.` with `ln_before`), `adapter_up.weight`, ...
         config: the adapter's config.
         scaling: the config's scaling where that is a number; a learned one is in `parameters`.
         training: whether stochastic depth acts.
@@ -144,8 +144,8 @@ def adapter_output(
 
     Semantics::
 
-        out = dropout(up) * sigmoid(x @ w_gate.T + b_gate).mean(S)       # gate: use_gating only
-        out = norm_after(out + residual) | norm_after(out) + residual    # adapter_residual_before_ln
+        out = dropout(up) * sigmoid(x @ w_gate.T + b_gate).mean(S)      # gate: use_gating only
+        out = norm_after(out + residual) | norm_after(out) + residual   # adapter_residual_before_ln
 
     A parallel adapter adds no residual here.
 

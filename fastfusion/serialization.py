@@ -9,21 +9,15 @@ changes.
 """
 
 import contextlib
-import hashlib
-import io
-import json
 import logging
 import os
-import pickle
 import re
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +28,7 @@ from .configuration import (
     BnConfig,
     get_adapter_config_hash,
 )
+from .files import ADAPTER_FILES, FUSION_FILES, HEAD_FILES, read_files, write_files
 from .heads import PredictionHead, head_from_config
 from .modules import check_module_name
 
@@ -45,205 +40,6 @@ try:
     LIBRARY_VERSION = metadata.version("fastfusion")
 except metadata.PackageNotFoundError:  # imported from a checkout
     LIBRARY_VERSION = "0+unknown"
-
-
-class FileNames(NamedTuple):
-    """The files of an adapter, a fusion or a head."""
-
-    config: str
-    safetensors: str
-    pickle: str
-
-
-ADAPTER_FILES = FileNames("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
-FUSION_FILES = FileNames(
-    "adapter_fusion_config.json",
-    "model_adapter_fusion.safetensors",
-    "pytorch_model_adapter_fusion.bin",
-)
-HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
-
-
-# ---- a pair of files and dictionaries -----------------------------------------------------------
-
-
-def write_files(
-    directory: str | os.PathLike,
-    files: FileNames,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    use_safetensors: bool = True,
-) -> None:
-    """Write a configuration and its tensors into a directory, which is made if need be.
-
-    The pair replaces an older one. Should the process die on the way, `read_files` finds the older
-    pair whole; where an exception is raised, the files themselves are as they were.
-
-    Args:
-        directory: where to.
-        files: the names to write under.
-        config: what json can write.
-        tensors: by name. Those that share memory are written once for each name.
-        use_safetensors: False for a pickle of tensors.
-
-    Raises:
-        NotADirectoryError: `directory` is something else.
-    """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(
-            f"directory: expected a directory; got the file {str(directory)!r}"
-        )
-    copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    if use_safetensors:
-        payload = safetensors.torch.save(copies, metadata={"format": "pt"})
-    else:
-        buffer = io.BytesIO()
-        torch.save(copies, buffer)
-        payload = buffer.getvalue()
-    text = json.dumps(config, indent=2, sort_keys=True)
-
-    directory.mkdir(parents=True, exist_ok=True)
-    new_weights = directory / (files.safetensors if use_safetensors else files.pickle)
-    old_config = directory / files.config
-    old_weights = [p for p in (directory / name for name in files[1:]) if p.exists()]
-    with contextlib.ExitStack() as temporary:
-        weights_file = temporary.enter_context(_temporary(new_weights, payload))
-        config_file = temporary.enter_context(_temporary(old_config, text.encode()))
-        backups = {}
-        try:
-            if old_config.exists():
-                for path in old_weights:
-                    backups[path] = _back_up(path, old_config.read_bytes())
-            os.replace(weights_file, new_weights)
-            os.replace(config_file, old_config)  # from here on the new pair counts
-        except BaseException:
-            for path, backup in backups.items():
-                with contextlib.suppress(OSError):  # read_files finds the backup in its place
-                    os.replace(backup, path)
-            if new_weights not in old_weights:
-                new_weights.unlink(missing_ok=True)
-            raise
-    _sync(directory)
-    superseded = [path for path in old_weights if path != new_weights]
-    for path in (*backups.values(), *superseded):
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _temporary(target: Path, data: bytes) -> Iterable[Path]:
-    """A file beside `target`, on the disk, which is gone afterwards unless it was moved."""
-    path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _backup_path(weights: Path, config: bytes) -> Path:
-    """Where the weights that belong to a configuration are kept while both are replaced."""
-    return weights.with_name(f".{weights.name}.{hashlib.sha256(config).hexdigest()[:16]}.old")
-
-
-def _back_up(weights: Path, config: bytes) -> Path:
-    backup = _backup_path(weights, config)
-    if not backup.exists():  # one that an interrupted write left is what counts
-        try:
-            os.link(weights, backup)
-        except OSError:  # a file system without links
-            shutil.copyfile(weights, backup)
-    return backup
-
-
-def _sync(directory: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def read_files(
-    directory: str | os.PathLike, files: FileNames, use_safetensors: bool | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a configuration and its tensors, on the CPU.
-
-    Args:
-        directory: where from.
-        files: the names to look for.
-        use_safetensors: True or False for one format alone; None for the one that is there, and
-            safetensors where both are.
-
-    Raises:
-        FileNotFoundError: the directory or one of the two files is missing.
-        NotImplementedError: `directory` is a URL or an identifier of a hub.
-        ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
-    """
-    directory = _existing_directory(directory)
-    config_path = directory / files.config
-    if not config_path.is_file():
-        raise FileNotFoundError(f"directory: no {files.config} in {str(directory)!r}")
-    data = config_path.read_bytes()
-    try:
-        config = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{config_path}: not a JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: expected a JSON object; got {type(config).__name__}")
-
-    formats = {None: files[1:], True: (files.safetensors,), False: (files.pickle,)}
-    paths = [directory / name for name in formats[use_safetensors]]
-    for path in (*(_backup_path(path, data) for path in paths), *paths):
-        if path.is_file():
-            return config, _read_tensors(path, files.pickle in path.name)
-    expected = " or ".join(path.name for path in paths)
-    raise FileNotFoundError(f"directory: no {expected} in {str(directory)!r}")
-
-
-def _existing_directory(directory: str | os.PathLike) -> Path:
-    path = Path(directory)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise NotADirectoryError(f"directory: expected a directory; got the file {str(path)!r}")
-    text = os.fspath(directory)
-    if "://" in text or "@" in text:
-        raise NotImplementedError(
-            f"directory: {text!r} is not a directory here, and loading from URLs and hubs is not "
-            "supported yet; download it and give the directory"
-        )
-    raise FileNotFoundError(
-        f"directory: {text!r} does not exist (loading from a hub by identifier is not supported "
-        "yet; download it and give the directory)"
-    )
-
-
-def _read_tensors(path: Path, is_pickle: bool) -> dict[str, Tensor]:
-    data = path.read_bytes()
-    try:
-        if is_pickle:
-            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else:
-            tensors = safetensors.torch.load(data)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {name[1]}" if name else str(error).splitlines()[0]
-        raise ValueError(
-            f"{path}: refused, the pickle is damaged or holds more than tensors: {reason}"
-        ) from error
-    except Exception as error:  # the two readers raise a dozen types on damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged, or not a file of tensors: {reason}") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
-    ):
-        raise ValueError(f"{path}: expected a dictionary of tensors; got {type(tensors).__name__}")
-    return tensors
 
 
 # ---- names in state dicts -----------------------------------------------------------------------
@@ -300,11 +96,12 @@ def rename(state: Mapping[str, Tensor], kind: str, old: str, new: str) -> dict[s
 
 
 def _bare(model: nn.Module, key: str) -> str:
-    return key.removeprefix(f"{model.base_model_prefix}.")
+    """A key without the base model's prefix, and without what compiling a submodule adds."""
+    return key.replace("_orig_mod.", "").removeprefix(f"{model.base_model_prefix}.")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict; a submodule that was compiled in place of its original has its keys."""
+    """The state dict, with the keys that it has where nothing is compiled."""
     return {key.replace("_orig_mod.", ""): t for key, t in model.state_dict().items()}
 
 
@@ -318,13 +115,26 @@ def _static_head(model: nn.Module) -> dict[str, Tensor]:
     return {key: t for key, t in _state(model).items() if not key.startswith(prefix)}
 
 
-# ---- checks -------------------------------------------------------------------------------------
-
-
 def _listing(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(names[:20]) + more
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    # torch has no isfinite for 8-bit floats
+    return torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
+
+
+def _prepared(
+    model: nn.Module, tensors: Mapping[str, Tensor], kind: str, old: str, new: str, source: str
+) -> dict[str, Tensor]:
+    """An adapter's or fusion's tensors from a file, checked, by bare keys with its new name."""
+    _check_tensors(tensors, source)
+    prepared = {_bare(model, k): t for k, t in rename(tensors, kind, old, new).items()}
+    if len(prepared) < len(tensors):
+        raise ValueError(f"{source}: several tensors for one place; got {_listing(tensors)}")
+    return prepared
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -332,9 +142,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
     wrong = [f"{k} ({t.dtype})" for k, t in tensors.items() if not t.is_floating_point()]
     if wrong:
         raise ValueError(f"{source}: expected floating-point tensors; got {_listing(wrong)}")
-    strange = [k for k, t in tensors.items() if not torch.isfinite(t.float()).all()]
+    strange = [k for k, t in tensors.items() if not _is_finite(t).all()]
     if strange:
-        warnings.warn(f"{source}: NaN or infinity in {_listing(strange)}", stacklevel=4)
+        warnings.warn(f"{source}: NaN or infinity in {_listing(strange)}", stacklevel=5)
 
 
 def _match(
@@ -355,7 +165,7 @@ def _match(
         text = f"{source}: {'; '.join(problems)}"
         if strict:
             raise ValueError(f"{text} (strict=False takes what fits)")
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
     fitting = {key: tensor for key, tensor in tensors.items() if key in expected}
     shapes = [
@@ -368,7 +178,7 @@ def _match(
     overflowing = [
         f"{key} ({expected[key].dtype})"
         for key, tensor in fitting.items()
-        if (torch.isfinite(tensor.float()) & ~torch.isfinite(tensor.to(expected[key].dtype))).any()
+        if (_is_finite(tensor) & ~_is_finite(tensor.to(expected[key].dtype))).any()
     ]
     if overflowing:
         raise ValueError(f"{source}: values leave the range of {_listing(overflowing)}")
@@ -397,8 +207,8 @@ def subdirectory(directory: str | os.PathLike, name: str) -> Path:
     """
     if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
         raise ValueError(
-            f"name: {name!r} cannot be the name of a directory in {os.fspath(directory)!r}; save it "
-            "by itself, with a directory of your choice"
+            f"name: {name!r} cannot be the name of a directory in {os.fspath(directory)!r}; save "
+            "it by itself, with a directory of your choice"
         )
     return Path(directory) / name
 
@@ -415,9 +225,6 @@ def _full_config(model: nn.Module, meta_dict: Mapping[str, Any] | None, **keys: 
         "fastfusion_version": LIBRARY_VERSION,
         **keys,
     }
-
-
-# ---- adapters -----------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -514,7 +321,7 @@ def load_adapter(
     name = saved_name if load_as is None else load_as
     check_module_name(name, "load_as" if load_as else f"{source}: name")
     _check_hidden_size(model, saved, source)
-    tensors = rename(tensors, "adapter", saved_name, name)
+    tensors = _prepared(model, tensors, "adapter", saved_name, name, source)
     adapter_config = _adapter_config(saved, tensors, source)
     if config is not None and AdapterConfig.load(config) != adapter_config:
         warnings.warn(f"config: ignored, {source} has another one", stacklevel=3)
@@ -522,9 +329,9 @@ def load_adapter(
     if left_out != sorted(adapter_config.leave_out):
         adapter_config = adapter_config.replace(leave_out=left_out)
     adapter_config.check_supported()
-    tensors = {_bare(model, key): tensor for key, tensor in tensors.items()}
-    _check_tensors(tensors, source)
-    head = _read_head_of_adapter(model, directory, load_as, use_safetensors) if with_head else None
+    head = None
+    if with_head:
+        head = _read_head_of_adapter(model, directory, load_as, use_safetensors, strict)
 
     is_new = _add_or_compare(
         name, adapter_config, model.adapters_config.adapters, source,
@@ -533,7 +340,7 @@ def load_adapter(
     try:
         if leave_out:
             tensors = _without_left_out(model, tensors, name)
-        _load(model, select(_state(model), "adapter", name), tensors, strict, source, saved)
+        _load(model, "adapter", name, tensors, strict, source, saved.get("model_type"))
     except BaseException:
         if is_new:
             model.delete_adapter(name)
@@ -564,7 +371,7 @@ def _adapter_config(
 
 
 def _add_or_compare(
-    name: str, config: Any, existing: Mapping[str, Any], source: str, add: Any
+    name: str, config: Any, existing: Mapping[str, Any], source: str, add: Callable[[], None]
 ) -> bool:
     """Call `add` for a new name; for one that exists, see that it is the same thing."""
     if name not in existing:
@@ -572,7 +379,7 @@ def _add_or_compare(
         return True
     if existing[name] != config:
         raise ValueError(
-            f"{source}: the model has {name!r} with another configuration; pass load_as or delete it"
+            f"{source}: the model's {name!r} has another configuration; pass load_as or delete it"
         )
     logger.info("%s: new weights for %r, which the model has", source, name)
     return False
@@ -597,23 +404,21 @@ def _without_left_out(
 
 def _load(
     model: nn.Module,
-    expected: Mapping[str, Tensor],
+    kind: str,
+    name: str,
     tensors: Mapping[str, Tensor],
     strict: bool,
     source: str,
-    saved: Mapping[str, Any],
+    saved_type: str | None,
 ) -> None:
-    """Check tensors against entries of the model's state and copy them there."""
-    saved_type = saved.get("model_type")
+    """Check tensors, with bare keys, against an adapter or fusion in the model; copy them there."""
     if saved_type not in (None, model.config.model_type):
         source = f"{source} (written for {saved_type!r}, the model is {model.config.model_type!r})"
-    fitting = _match(tensors, {_bare(model, k): t for k, t in expected.items()}, strict, source)
-    by_key = {k.replace("_orig_mod.", ""): k for k in model.state_dict()}
-    state = {by_key[k]: fitting[_bare(model, k)] for k in expected if _bare(model, k) in fitting}
-    model.load_state_dict(state, strict=False)
-
-
-# ---- fusions ------------------------------------------------------------------------------------
+    state = model.state_dict()
+    own_keys = {_bare(model, key): key for key in state}
+    expected = select({bare: state[key] for bare, key in own_keys.items()}, kind, name)
+    fitting = _match(tensors, expected, strict, source)
+    model.load_state_dict({own_keys[k]: t for k, t in fitting.items()}, strict=False)
 
 
 def _fusion_name(names: Fuse | Sequence[str] | str) -> str:
@@ -626,9 +431,7 @@ def _fusion_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The fusion's module at every place, by its key without the base model's prefix."""
     found = {}
     for path, module in model.named_modules():
-        path = path.replace("_orig_mod.", "")
-        parts = path.split(".")
-        if parts[-2:] == ["adapter_fusion_layer", name]:
+        if path.split(".")[-2:] == ["adapter_fusion_layer", name]:
             found[_bare(model, path)] = module
     return found
 
@@ -737,7 +540,8 @@ def load_adapter_fusion(
     _check_hidden_size(model, saved, source)
     record = model.adapters_config
     # files from before fusions had names list the adapters in the name alone
-    adapter_names = saved.get("adapter_names", saved_name.split(","))
+    saved.setdefault("adapter_names", saved_name.split(","))
+    adapter_names = _field(saved, "adapter_names", (list,), source)
     if missing := [n for n in adapter_names if n not in record.adapters]:
         raise ValueError(f"{source}: the model lacks the adapters {missing} of fusion {name!r}")
     try:
@@ -750,10 +554,10 @@ def load_adapter_fusion(
             f"{name!r}; got {adapter_names}"
         )
     temperatures = _temperatures(saved, saved_name, name, source)
-    tensors = rename(tensors, "fusion", saved_name, name)
-    tensors = {_bare(model, key): tensor for key, tensor in tensors.items()}
-    _check_tensors(tensors, source)
-    head = _read_head(model, directory, None, use_safetensors) if with_head else None
+    tensors = _prepared(model, tensors, "fusion", saved_name, name, source)
+    head = None
+    if with_head:
+        head = _read_head(model, directory, None, use_safetensors, strict=strict)
 
     own_name = None if name == ",".join(adapter_names) else name
     is_new = _add_or_compare(
@@ -761,7 +565,7 @@ def load_adapter_fusion(
         lambda: model.add_adapter_fusion(adapter_names, config=config, name=own_name),
     )  # fmt: skip
     try:
-        _load(model, select(_state(model), "fusion", name), tensors, strict, source, saved)
+        _load(model, "fusion", name, tensors, strict, source, saved.get("model_type"))
     except BaseException:
         if is_new:
             model.delete_adapter_fusion(name)
@@ -787,15 +591,12 @@ def _temperatures(
     )
     if not is_valid:
         raise ValueError(
-            f"{source}: expected 'temperature' to hold numbers from 1 by place; got {temperatures!r}"
+            f"{source}: expected place -> number from 1 under 'temperature'; got {temperatures!r}"
         )
     return {
         f"{path.removesuffix(f'.{saved_name}')}.{name}": float(value)
         for path, value in temperatures.items()
     }
-
-
-# ---- heads --------------------------------------------------------------------------------------
 
 
 def save_head(
@@ -830,9 +631,8 @@ def save_head(
         raise ValueError(f"model: {type(model).__name__} has no prediction head")
     name = model.active_head if name is None else name
     if name not in model.heads:
-        raise ValueError(
-            f"name: expected one of the model's heads {list(model.heads)}; got {name!r}"
-        )
+        known = list(model.heads)
+        raise ValueError(f"name: expected one of the model's heads {known}; got {name!r}")
     config = _full_config(model, None, name=name, config=model.heads[name].config)
     tensors = select(_state(model), "head", name)
     write_files(directory, HEAD_FILES, config, tensors, use_safetensors)
@@ -912,13 +712,14 @@ def _read_head_of_adapter(
     directory: str | os.PathLike,
     load_as: str | None,
     use_safetensors: bool | None,
+    strict: bool,
 ) -> _ReadHead | None:
     """The head beside an adapter, if there is one that the model can take."""
     takes_heads = hasattr(model, "heads") or _has_static_head(model)
     if not takes_heads or not (Path(directory) / HEAD_FILES.config).is_file():
         return None
     try:
-        return _read_head(model, directory, load_as, use_safetensors)
+        return _read_head(model, directory, load_as, use_safetensors, strict=strict)
     except _OtherHead as error:
         warnings.warn(f"with_head: the head is left out: {error}", stacklevel=4)
     return None

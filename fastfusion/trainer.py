@@ -122,35 +122,38 @@ class AdapterTrainer(Trainer):
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
-        self.model.save_all_adapters(output_dir)
+        # a head that belongs to the model's class has no name: every adapter's folder gets it
+        self.model.save_all_adapters(output_dir, with_head=not self._has_named_heads)
         self.model.save_all_adapter_fusions(output_dir)
-        if hasattr(self.model, "heads"):
+        if self._has_named_heads:
             self.model.save_all_heads(output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
+    @property
+    def _has_named_heads(self) -> bool:
+        return hasattr(self.model, "heads")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._load_adapters(resume_from_checkpoint)
+        self._load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_adapters(self.state.best_model_checkpoint)
+        self._load_weights(Path(self.state.best_model_checkpoint))
 
-    def _load_adapters(self, checkpoint: str | os.PathLike) -> None:
-        """Loads every adapter, fusion and head that `_save` left in the checkpoint."""
-        loaders = {
-            "adapter_config.json": self.model.load_adapter,
-            "adapter_fusion_config.json": self.model.load_adapter_fusion,
-            "head_config.json": getattr(self.model, "load_head", None),
-        }
-        folders = sorted(path for path in Path(checkpoint).glob("*/") if path.is_dir())
-        found = False
-        for config_name, load in loaders.items():
-            for folder in folders:
-                if load is not None and (folder / config_name).is_file():
-                    load(str(folder))
-                    found = True
-        if not found:
-            raise ValueError(
-                f"checkpoint: expected folders of adapters in {checkpoint}; found none"
-            )
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Gives the model every adapter, fusion and head that `_save` left in a checkpoint."""
+
+        def folders_with(file_name: str) -> list[str]:
+            return sorted(str(path.parent) for path in checkpoint.glob(f"*/{file_name}"))
+
+        adapters = folders_with("adapter_config.json")
+        if not adapters:
+            raise ValueError(f"checkpoint: expected folders of adapters in {checkpoint}; got none")
+        for folder in adapters:
+            self.model.load_adapter(folder, with_head=not self._has_named_heads)
+        for folder in folders_with("adapter_fusion_config.json"):
+            self.model.load_adapter_fusion(folder)
+        if self._has_named_heads:
+            for folder in folders_with("head_config.json"):
+                self.model.load_head(folder, set_active=False)

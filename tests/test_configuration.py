@@ -314,6 +314,9 @@ def _record():
     record.adapters["c"] = AdapterConfig.load("double_seq_bn", leave_out=[1])
     record.fusions["a,b"] = AdapterFusionConfig.load("static")
     record.fusion_names["a,b"] = ["a", "b"]
+    record.adapters["d"] = AdapterConfig.load("double_seq_bn")
+    record.fusions["warm"] = AdapterFusionConfig.load("dynamic", temperature=True)
+    record.fusion_names["warm"] = ["a", "b"]
     record.fusions["mine"] = AdapterFusionConfig.load("dynamic")
     record.fusion_names["mine"] = ["c", "a"]
     return record
@@ -323,8 +326,11 @@ def test_model_adapters_config_round_trip():
     record = _record()
     values = json.loads(json.dumps(record.to_dict()))
     assert values["adapters"]["a"] == values["adapters"]["b"] == "26cd1b10db746518"
-    assert values["fusions"] == {"a,b": "368b8b00d16e5e95", "mine": "39f0b9fc022449eb"}
-    assert values["fusion_name_map"] == {"mine": ["c", "a"]}
+    assert values["adapters"]["d"] == "double_seq_bn"
+    assert values["fusions"] == {"a,b": "static", "mine": "dynamic", "warm": "6dd5614848be8b45"}
+    assert list(values["config_map"]) == ["26cd1b10db746518", values["adapters"]["c"]]
+    assert list(values["fusion_config_map"]) == [values["fusions"]["warm"]]
+    assert values["fusion_name_map"] == {"mine": ["c", "a"], "warm": ["a", "b"]}
     again = ModelAdaptersConfig.from_dict(values)
     assert again.adapters == record.adapters
     assert again.fusions == record.fusions
@@ -348,13 +354,16 @@ def test_model_adapters_config_by_names_of_the_map():
 
 def test_model_adapters_config_equal_hashes():
     record = ModelAdaptersConfig()
-    record.adapters = {"a": SeqBnConfig(scaling=1.0), "b": SeqBnConfig(scaling=0.0)}
+    record.adapters = {
+        name: SeqBnConfig(reduction_factor=8, scaling=scaling)
+        for name, scaling in (("a", 1.0), ("b", 0.0))
+    }
     assert ModelAdaptersConfig.from_dict(record.to_dict()).adapters == record.adapters
 
 
 def test_model_adapters_config_lookup():
     record = _record()
-    assert list(record) == ["a", "b", "c"] and len(record) == 3 and "a" in record
+    assert list(record) == ["a", "b", "c", "d"] and len(record) == 4 and "a" in record
     assert record.get("a") is record.adapters["a"] and record.get("z") is None
     assert record.match("a", 0, "output_adapter") is record.adapters["a"]
     assert record.match("a", 0, "mh_adapter") is None

@@ -13,21 +13,24 @@ PACKAGE = ROOT / "fastfusion"
 # From the ground up; a module imports from lower levels only. A name covers its sub-modules too.
 LEVELS: list[list[str]] = [
     ["ops.activations", "composition"],
-    ["ops.torch_backend", "ops.cpp_backend", "reference", "configuration", "context"],
-    ["kernels"],
+    ["ops.torch_backend", "reference", "configuration", "context"],
+    ["ops.cpp_backend", "kernels"],
     ["ops.backends"],
     ["ops.adapter_fusion"],
     ["ops"],
     ["absorb"],
     ["modules", "packing", "lowering"],
+    ["mixture"],
     ["layer"],
-    ["heads", "serialization"],
+    ["heads", "files"],
+    ["serialization"],
     ["patching"],
     ["model"],
+    ["flexible"],
     ["trainer", "plots"],
     [""],  # fastfusion/__init__.py
 ]
-IMPORTS_TRANSFORMERS = ("patching", "model", "trainer", "heads")
+IMPORTS_TRANSFORMERS = ("patching", "model", "flexible", "trainer", "heads")
 
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -77,8 +80,8 @@ def imports(path: Path, module: str) -> Iterator[str]:
 
 
 def own_module(name: str) -> str | None:
-    """The module of ours that an imported name is, or is defined in."""
-    if name.split(".")[0] != "fastfusion":
+    """The Python module of ours that an imported name is, or is defined in."""
+    if name.split(".")[0] != "fastfusion" or name == "fastfusion._C":
         return None
     inner = name.removeprefix("fastfusion").lstrip(".")
     while inner and inner not in SOURCES:

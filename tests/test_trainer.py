@@ -311,7 +311,7 @@ def test_resume_brings_the_fusion_temperature(tmp_path):
 
     def model_with_temperature():
         model = tiny_model()
-        model.delete_adapter_fusion(SETUP)
+        model.delete_adapter_fusion(SETUP, force=True)
         set_seed(7)
         model.add_adapter_fusion(SETUP, config={"key": True, "query": True, "temperature": True})
         model.train_adapter_fusion(SETUP)

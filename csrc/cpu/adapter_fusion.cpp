@@ -2,8 +2,10 @@
 // PyTorch's BLAS and between them one vectorised pass (row_passes.h), so that a block's
 // intermediate values stay in cache and nothing of size [T, N, H] exists.
 //
-// Products run outside parallel regions: the BLAS has threads of its own. Every split of work
-// depends on the shapes alone and sums are taken in a fixed order; there are no atomics.
+// Products run outside parallel regions: the BLAS has threads of its own. Every split of work here
+// depends on the shapes alone, sums are taken in a fixed order and there are no atomics: the same
+// number of threads gives the same bits. With another number the BLAS may add up the weights'
+// gradients, its longest sums, in another order.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -84,6 +86,26 @@ Matrix<T> matrix(const Tensor& tensor) {
   return {data<T>(tensor), tensor.size(0), tensor.size(1), tensor.size(1)};
 }
 
+std::string text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  std::string joined;
+  for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + joined + "]";
+}
+
+// The schemas say little about shapes, and a wrong one would read somebody else's memory.
+void expect(const Tensor& tensor, const char* name, std::vector<int64_t> shape, ScalarType dtype) {
+  const bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+                    tensor.sizes().equals(shape);
+  if (fits) return;
+  STD_TORCH_CHECK(false, name, ": expected a contiguous ", toString(dtype), " tensor ",
+                  text(shape), " on the CPU; got ", toString(tensor.scalar_type()), " ",
+                  text(tensor.sizes()));
+}
+void expect(const OptionalTensor& tensor, const char* name, std::vector<int64_t> shape,
+            ScalarType dtype) {
+  if (tensor) expect(*tensor, name, std::move(shape), dtype);
+}
+
 // `body(first, last)` over ranges of rows, on all threads when there is enough work.
 template <typename Body>
 void parallel_rows(int64_t rows, const Body& body) {
@@ -101,6 +123,7 @@ void parallel_chunks(int64_t rows, const Body& body) {
   });
 }
 
+// The tensors that both ops and their gradients share.
 struct Weights {
   const Tensor& w_down;
   const Tensor& b_down;
@@ -108,10 +131,16 @@ struct Weights {
   const OptionalTensor& b_score;
   const Tensor& w_out;
   const OptionalTensor& temperature;
+  const OptionalTensor& mask;
 };
 
+// Checks the weights and the inputs of `rows` rows like `like`.
 Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
-                 const std::vector<int64_t>& activations) {
+                 const std::vector<int64_t>& activations, const Tensor& like) {
+  STD_TORCH_CHECK(like.dim() == 2, "expected inputs of two dimensions; got ", text(like.sizes()));
+  STD_TORCH_CHECK(!sizes.empty() && sizes.size() == activations.size(),
+                  "expected one activation per size; got ", sizes.size(), " sizes and ",
+                  activations.size(), " activations");
   Mixture m;
   m.adapters = static_cast<int64_t>(sizes.size());
   m.starts.push_back(0);
@@ -119,12 +148,30 @@ Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
     const int64_t begin = m.starts.back(), end = begin + sizes[i], code = activations[i];
     STD_TORCH_CHECK(code >= 0 && code < kNumActivations, "activations: expected codes below ",
                     kNumActivations, "; got ", code);
+    STD_TORCH_CHECK(sizes[i] >= 0, "sizes: expected no negative one; got ", sizes[i]);
     m.starts.push_back(end);
     if (m.runs.empty() || m.runs.back().activation != code) m.runs.push_back({begin, end, code});
     m.runs.back().end = end;
   }
   m.columns = m.starts.back();
   m.scored = w.w_score.has_value();
+  STD_TORCH_CHECK(m.scored == w.b_score.has_value(), "w_score and b_score: expected both or none");
+  STD_TORCH_CHECK(m.scored || m.adapters == 1, "w_score: needed to weigh ", m.adapters,
+                  " adapters; got None");
+
+  const ScalarType dtype = like.scalar_type();
+  const int64_t width = like.size(1), used = m.columns + m.adapters;
+  const auto padded = [&](const Tensor& weight) { return std::max(weight.size(0), used); };
+  expect(w.w_down, "w_down", {m.columns, width}, dtype);
+  expect(w.b_down, "b_down", {m.columns}, ScalarType::Float);
+  expect(w.w_out, "w_out", {padded(w.w_out), width}, dtype);
+  if (m.scored) {
+    expect(w.w_score, "w_score", {padded(*w.w_score), width}, dtype);
+    expect(w.b_score, "b_score", {padded(*w.w_score)}, ScalarType::Float);
+  }
+  expect(w.temperature, "temperature", {}, ScalarType::Float);
+  expect(w.mask, "mask", {like.size(0), m.adapters}, ScalarType::Float);
+
   m.b_down = data<float>(w.b_down);
   m.b_score = data<float>(w.b_score);
   m.inv_temperature = w.temperature ? 1.f / *data<float>(w.temperature) : 1.f;
@@ -210,14 +257,15 @@ class Projection {
 // `before(first, rows)` may return the adapters' input for these rows, `after` sees them done.
 template <typename T, typename Before, typename After>
 void forward_blocks(const Mixture& m, const Projection<T>& projection, const OptionalTensor& mask,
-                    const OptionalTensor& offset, const Matrix<T>& out, float* p,
-                    const Tensor& like, const Before& before, const After& after) {
+                    const OptionalTensor& offset, const Tensor& result, float* p,
+                    const Before& before, const After& after) {
+  const Matrix<T> out = matrix<T>(result);
   const int64_t total = out.rows;
   const int64_t block = std::min(total, kBlockRows);
   const int64_t stride = projection.buffer_stride;
-  const Tensor buffer = torch::stable::new_empty(like, {block, stride}, dtype_of<T>());
+  const Tensor buffer = torch::stable::new_empty(result, {block, stride});
   const int64_t chunks = (block + kChunkRows - 1) / kChunkRows;
-  const Tensor scratch = torch::stable::new_empty(like, {chunks, m.columns}, ScalarType::Float);
+  const Tensor scratch = torch::stable::new_empty(result, {chunks, m.columns}, ScalarType::Float);
   for (int64_t first = 0; first < total; first += block) {
     const int64_t rows = std::min(block, total - first);
     const Matrix<T> y{data<T>(buffer), rows, stride, stride};
@@ -263,6 +311,15 @@ auto with_dtype(const Tensor& tensor, const Body& body) {
   return single ? body.template operator()<float>() : body.template operator()<BFloat16>();
 }
 
+void expect_inputs(const Mixture& m, const std::vector<Tensor>& x, const OptionalTensor& query,
+                   const std::vector<int64_t>& shape) {
+  const ScalarType dtype = x[0].scalar_type();
+  STD_TORCH_CHECK(x.size() == 1 || static_cast<int64_t>(x.size()) == m.adapters,
+                  "x: expected 1 or ", m.adapters, " tensors; got ", x.size());
+  for (const Tensor& input : x) expect(input, "x", shape, dtype);
+  expect(query, "query", shape, dtype);
+}
+
 Tensor new_attention(const Tensor& like, const Mixture& m, int64_t rows) {
   if (!m.scored) return torch::stable::new_empty(like, {0}, ScalarType::Float);
   return torch::stable::new_empty(like, {rows, m.adapters}, ScalarType::Float);
@@ -273,15 +330,19 @@ std::tuple<Tensor, Tensor> adapter_fusion(
     Tensor b_down, OptionalTensor w_score, OptionalTensor b_score, Tensor w_out,
     OptionalTensor temperature, OptionalTensor mask, OptionalTensor score_offset,
     std::vector<int64_t> sizes, std::vector<int64_t> activations) {
-  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature};
-  const Mixture m = describe(weights, sizes, activations);
+  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
+  const Mixture m = describe(weights, sizes, activations, x.at(0));
   const Tensor out = torch::stable::empty_like(x[0]);
+  const std::vector<int64_t> shape = {out.size(0), out.size(1)};
+  expect_inputs(m, x, query, shape);
+  expect(residual, "residual", shape, out.scalar_type());
+  expect(score_offset, "score_offset", {shape[0]}, ScalarType::Float);
   const Tensor p = new_attention(out, m, out.size(0));
   with_dtype(out, [&]<typename T>() {
     const Projection<T> projection(m, weights, x, query);
     const Matrix<T> to = matrix<T>(out);
     forward_blocks(
-        m, projection, mask, score_offset, to, data<float>(p), out,
+        m, projection, mask, score_offset, out, data<float>(p),
         [](int64_t, int64_t) -> const T* { return nullptr; },
         [&](int64_t first, int64_t rows) {
           if (residual) {
@@ -297,9 +358,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_fusion_norm(
     Tensor w_down, Tensor b_down, OptionalTensor w_score, OptionalTensor b_score, Tensor w_out,
     OptionalTensor temperature, OptionalTensor mask, std::vector<int64_t> sizes,
     std::vector<int64_t> activations, bool save) {
-  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature};
-  const Mixture m = describe(weights, sizes, activations);
+  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
+  const Mixture m = describe(weights, sizes, activations, hidden);
   const Tensor out = torch::stable::empty_like(hidden);
+  const std::vector<int64_t> shape = {out.size(0), out.size(1)};
+  expect(hidden, "hidden", shape, out.scalar_type());
+  expect(input, "input", shape, out.scalar_type());
+  expect(ln_weight, "ln_weight", {shape[1]}, ScalarType::Float);
+  expect(ln_bias, "ln_bias", {shape[1]}, ScalarType::Float);
   const Tensor p = new_attention(out, m, out.size(0));
   const auto saved = [&] {
     return save ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
@@ -321,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_fusion_norm(
       return pass;
     };
     forward_blocks(
-        m, projection, mask, std::nullopt, to, data<float>(p), out,
+        m, projection, mask, std::nullopt, out, data<float>(p),
         [&](int64_t first, int64_t rows) -> const T* {
           if (!ln_before) return nullptr;
           // the adapters' input lies in the output's rows until the last product overwrites them
@@ -355,10 +421,14 @@ struct Gradients {
 // bf16, rounds once; otherwise one block's buffer is used again and again.
 template <typename T>
 Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
-                   const OptionalTensor& query, const Weights& w, const OptionalTensor& mask,
-                   const Tensor& p, const std::vector<int64_t>& sizes,
-                   const std::vector<int64_t>& activations, const Needs& needs) {
-  const Mixture m = describe(w, sizes, activations);
+                   const OptionalTensor& query, const Weights& w, const Tensor& p,
+                   const std::vector<int64_t>& sizes, const std::vector<int64_t>& activations,
+                   const Needs& needs) {
+  const Mixture m = describe(w, sizes, activations, x.at(0));
+  const std::vector<int64_t> shape = {x[0].size(0), x[0].size(1)};
+  expect_inputs(m, x, query, shape);
+  expect(grad_out, "grad_out", shape, x[0].scalar_type());
+  if (m.scored) expect(p, "p", {shape[0], m.adapters}, ScalarType::Float);
   const Projection<T> projection(m, w, x, query);
   const Matrix<T> grad = matrix<T>(grad_out);
   const int64_t total = grad.rows, width = grad.columns, num_inputs = projection.num_inputs();
@@ -366,8 +436,12 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
   const int64_t g_stride = w.w_out.size(0);
 
   auto empty = [&] { return torch::stable::new_empty(grad_out, {0}); };
-  auto zeros_unless = [&](bool needed, std::initializer_list<int64_t> shape) {
-    return needed ? torch::stable::new_zeros(grad_out, shape) : empty();
+  // the gradient of a weight with padding rows: those are zero, the others still to be computed
+  auto new_padded = [&](bool needed, int64_t rows) {
+    if (!needed) return empty();
+    const Tensor gradient = torch::stable::new_empty(grad_out, {rows, width});
+    std::fill_n(data<T>(gradient) + used * width, (rows - used) * width, T{});
+    return gradient;
   };
   const bool score_weights = needs.score && m.scored;
   const int64_t score_rows = m.scored ? w.w_score->size(0) : 0;
@@ -376,9 +450,9 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
       needs.query ? torch::stable::new_empty(grad_out, {total, width}) : empty(),
       needs.down ? torch::stable::new_empty(grad_out, {m.columns, width}) : empty(),
       empty(),
-      zeros_unless(score_weights, {score_rows, width}),
+      new_padded(score_weights, score_rows),
       empty(),
-      zeros_unless(needs.out, {g_stride, width}),
+      new_padded(needs.out, g_stride),
       empty(),
   };
   const Tensor db_down = torch::stable::new_zeros(grad_out, {m.columns}, ScalarType::Float);
@@ -414,7 +488,7 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
 
     BackwardRows<T> pass{};
     pass.y = y.data, pass.g = g.data, pass.y_stride = stride, pass.g_stride = g_stride;
-    pass.mask = mask ? data<float>(mask) + first * m.adapters : nullptr;
+    pass.mask = w.mask ? data<float>(w.mask) + first * m.adapters : nullptr;
     pass.p = m.scored ? data<float>(p) + first * m.adapters : nullptr;
     pass.needs_pre = needs_pre, pass.needs_score = needs_score;
     pass.doffset = needs.offset ? data<float>(result.doffset) + first : nullptr;
@@ -478,11 +552,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
     OptionalTensor mask, Tensor p, std::vector<int64_t> sizes, std::vector<int64_t> activations,
     bool needs_x, bool needs_query, bool needs_down, bool needs_score, bool needs_out,
     bool needs_offset) {
-  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature};
+  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
   const Needs needs{needs_x, needs_query, needs_down, needs_score, needs_out, needs_offset};
   return with_dtype(grad_out, [&]<typename T>() {
     const Gradients r =
-        backward<T>(grad_out, x, query, weights, mask, p, sizes, activations, needs);
+        backward<T>(grad_out, x, query, weights, p, sizes, activations, needs);
     return std::tuple{r.dx,       r.dquery,   r.dw_down, r.db_down,
                       r.dw_score, r.db_score, r.dw_out,  r.doffset};
   });
@@ -494,10 +568,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_fusio
     OptionalTensor w_score, OptionalTensor b_score, Tensor w_out, OptionalTensor temperature,
     OptionalTensor mask, Tensor p, std::vector<int64_t> sizes, std::vector<int64_t> activations,
     bool needs_x, bool needs_down, bool needs_score, bool needs_out) {
-  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature};
+  const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
   const Needs needs{needs_x, false, needs_down, needs_score, needs_out, false};
   return with_dtype(grad_out, [&]<typename T>() {
-    const int64_t rows = grad_out.size(0), width = grad_out.size(1);
+    STD_TORCH_CHECK(summed.dim() == 2, "summed: expected two dimensions; got ", text(summed.sizes()));
+    STD_TORCH_CHECK(ln_before || hidden, "hidden: needed without ln_before; got None");
+    const int64_t rows = summed.size(0), width = summed.size(1);
+    expect(summed, "summed", {rows, width}, grad_out.scalar_type());
+    expect(grad_out, "grad_out", {rows, width}, grad_out.scalar_type());
+    expect(pre_norm, "pre_norm", {rows, width}, grad_out.scalar_type());
+    expect(ln_weight, "ln_weight", {width}, ScalarType::Float);
+    expect(ln_bias, "ln_bias", {width}, ScalarType::Float);
     const float* weight = data<float>(ln_weight);
     const float eps = static_cast<float>(ln_eps);
     const Tensor grad = torch::stable::empty_like(grad_out);
@@ -511,9 +592,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_fusio
       pass.weight = weight, pass.bias = data<float>(ln_bias), pass.eps = eps, pass.width = width;
       normalise(pass, rows);
     }
-    Gradients r = backward<T>(grad, {x}, std::nullopt, weights, mask, p, sizes, activations, needs);
-    const Tensor none = torch::stable::new_empty(grad_out, {0});
-    Tensor dhidden = none, dinput = none;
+    Gradients r = backward<T>(grad, {x}, std::nullopt, weights, p, sizes, activations, needs);
+    Tensor dhidden = torch::stable::new_empty(grad_out, {0});
+    Tensor dinput = torch::stable::new_empty(grad_out, {0});
     if (needs_x) {
       dhidden = torch::stable::select(r.dx, 0, 0);
       if (ln_before) {

@@ -25,43 +25,48 @@ _TAIL = "int[] sizes, int[] activations"
 
 _LIBRARY.define(
     f"adapter_fusion(Tensor[] x, Tensor? query, Tensor? residual, {_WEIGHTS}, "
-    f"Tensor? score_offset, {_TAIL}, str backend) -> (Tensor, Tensor)"
+    f"Tensor? score_offset, {_TAIL}, str? backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "adapter_fusion_backward(Tensor grad_out, Tensor[] x, Tensor? query, "
-    f"{_WEIGHTS}, Tensor p, {_TAIL}, bool[] needs, str backend) "
+    f"{_WEIGHTS}, Tensor p, {_TAIL}, bool[] needs, str? backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "adapter_fusion_norm(Tensor hidden, Tensor input, Tensor ln_weight, Tensor ln_bias, "
-    f"float ln_eps, bool ln_before, {_WEIGHTS}, {_TAIL}, bool save, str backend) "
+    f"float ln_eps, bool ln_before, {_WEIGHTS}, {_TAIL}, bool save, str? backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "adapter_fusion_norm_backward(Tensor grad_out, Tensor? hidden, Tensor summed, Tensor pre_norm, "
     "Tensor ln_weight, Tensor ln_bias, float ln_eps, bool ln_before, "
-    f"{_WEIGHTS}, Tensor p, {_TAIL}, bool[] needs, str backend) "
+    f"{_WEIGHTS}, Tensor p, {_TAIL}, bool[] needs, str? backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _register(name: str) -> None:
-    """The op calls the function of the same name in the backend that its last argument names."""
+def _register(name: str, first_weight: int, behind: int) -> None:
+    """The op runs the function of its name in the backend that its arguments choose.
+
+    Args:
+        first_weight: which argument is `w_down`.
+        behind: how many arguments stand between `activations` and `backend`.
+    """
 
     def implementation(*args):
         *args, backend = args
-        return getattr(backends.load(backend), name)(*args)
+        sizes, activations = args[len(args) - behind - 2 : len(args) - behind]
+        weights = PackedWeights(*args[first_weight : first_weight + 6], sizes, activations)
+        like = args[0][0] if isinstance(args[0], list) else args[0]
+        return getattr(backends.load(backends.choose(backend, like, weights)), name)(*args)
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
 
 
-for _name in (
-    "adapter_fusion",
-    "adapter_fusion_backward",
-    "adapter_fusion_norm",
-    "adapter_fusion_norm_backward",
-):
-    _register(_name)
+_register("adapter_fusion", 3, 0)
+_register("adapter_fusion_backward", 3, 1)
+_register("adapter_fusion_norm", 6, 1)
+_register("adapter_fusion_norm_backward", 8, 1)
 
 
 def _check(x: Tensor, name: str, weights: tuple, sizes: list[int], activations: list[int]) -> None:
@@ -70,7 +75,9 @@ def _check(x: Tensor, name: str, weights: tuple, sizes: list[int], activations: 
     if x.dim() != 2 or x.shape[-1] != hidden_size:
         raise ValueError(f"{name}: expected [T, {hidden_size}]; got {list(x.shape)}")
     if w_down.shape[0] != columns:
-        raise ValueError(f"w_down: expected {columns} rows for sizes {sizes}; got {w_down.shape[0]}")
+        raise ValueError(
+            f"w_down: expected {columns} rows for sizes {sizes}; got {w_down.shape[0]}"
+        )
     if len(activations) != adapters:
         raise ValueError(f"activations: expected {adapters}; got {len(activations)}")
     if w_score is None and adapters != 1:
@@ -304,10 +311,9 @@ def adapter_fusion(
     for i, x_i in enumerate(x):
         _check(x_i, f"x[{i}]", (*weights[:6], mask), weights.sizes, weights.activations)
     *tensors, sizes, activations = weights
-    backend = backends.choose(backend, x[0], weights)
     args = (x, query, residual, *tensors, mask, score_offset, sizes, activations)
     if _runs_eagerly():
-        return backends.load(backend).adapter_fusion(*args)
+        return backends.load(backends.choose(backend, x[0], weights)).adapter_fusion(*args)
     return torch.ops.fastfusion.adapter_fusion(*args, backend)
 
 
@@ -351,10 +357,10 @@ def adapter_fusion_norm(
     if input.shape != hidden.shape:
         raise ValueError(f"input: expected {list(hidden.shape)}; got {list(input.shape)}")
     *tensors, sizes, activations = weights
-    backend = backends.choose(backend, hidden, weights)
     args = (hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *tensors, mask)
     if _runs_eagerly():
-        outputs = backends.load(backend).adapter_fusion_norm(*args, sizes, activations, False)
+        module = backends.load(backends.choose(backend, hidden, weights))
+        outputs = module.adapter_fusion_norm(*args, sizes, activations, False)
     else:
         save = torch.is_grad_enabled()
         outputs = torch.ops.fastfusion.adapter_fusion_norm(*args, sizes, activations, save, backend)

@@ -7,7 +7,6 @@ import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, NATIVE_ACTIVATIONS

@@ -234,8 +234,8 @@ def adapter_fusion_norm_backward(
         needs: which of (hidden or input, the down weights, the score weights, w_out).
 
     Returns:
-        dhidden, dinput (empty where it equals dhidden: with `ln_before`), dw_down, db_down, dw_score,
-        db_score, dw_out; an empty tensor for each that is not needed.
+        dhidden, dinput (empty where it equals dhidden: with `ln_before`), dw_down, db_down,
+        dw_score, db_score, dw_out; an empty tensor for each that is not needed.
     """
     aten = torch.ops.aten
     needs_x, *needs_weights = needs

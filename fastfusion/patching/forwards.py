@@ -1,4 +1,4 @@
-"""Forwards that stand in for those of transformers' modules, with the places of adapters in them."""
+"""Forwards in place of those of transformers' modules, with the places of adapters in them."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def bert_output(module: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """SelfOutput and Output of BERT and its kin: dense, dropout, then the adapters and LayerNorm."""
+    """SelfOutput and Output of BERT and its kin: dense, dropout, adapters and LayerNorm."""
     hidden_states = module.dropout(module.dense(hidden_states))
     layer = module.adapter_layers[0]
     return layer.forward(hidden_states, input_tensor, module.LayerNorm)

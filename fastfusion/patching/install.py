@@ -35,7 +35,7 @@ def patch(
         make_layer: from a place to its adapter layer.
 
     Raises:
-        ValueError: a module already has children of the names that adapters use; nothing is changed.
+        ValueError: a module has children of the names that adapters use; nothing is changed.
     """
     places = list(architecture.places(base_model))
     for place in places:

@@ -17,19 +17,19 @@ residual, three times with both; N*H*e for one input per adapter) and 4*N of a m
 4*N of p. Nothing of size [T, D] leaves the registers. Every block of rows reads all weights,
 `(2D + N) + (D + N)` rows of H*e bytes, from L2.
 
-Precision: fp32 accumulation; fp32 operands are multiplied in full ("ieee", never tf32). In 16 bits z
-and t stay in fp32 from the accumulator on, and the one-hot products take them as a high and a low
+Precision: fp32 accumulation; fp32 operands are multiplied in full ("ieee", never tf32). In 16 bits
+z and t stay in fp32 from the accumulator on, and the one-hot products take them as a high and a low
 bf16 part: 16 bits of mantissa, and fp32's range, which fp16 would not have for z*t.
 
-Determinism: no atomics and no split of a sum over blocks; one shape on one GPU model always gives the
-same bits. Shapes with other block sizes may round differently.
+Determinism: no atomics and no split of a sum over blocks; the same call on the same GPU model gives
+the same bits.
 
 The backward pass and the norms around the mixture are PyTorch's here (fused kernels are to follow):
 `adapter_fusion_backward` and `adapter_fusion_norm_backward` recompute z and t as the torch backend
 does, from the saved p. The schedule was chosen from compiled code, not from timings.
 
-One input per adapter: the inputs are stacked to [N, T, H] (one copy), and each is multiplied with the
-down-projections of all adapters but its own read as zero: N times the flops of the down product.
+One input per adapter: the inputs are stacked to [N, T, H] (one copy), and each is multiplied with
+all down-projections, all but its own read as zero: N times the flops of the down product.
 """
 
 import functools
@@ -38,11 +38,12 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 import triton
 import triton.language as tl
 from fastfusion.ops.activations import activation_code
 from fastfusion.ops.torch_backend import adapter_fusion_backward, adapter_fusion_norm_backward
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 __all__ = [
@@ -150,6 +151,17 @@ def _adapter_of(offs_d, ENDS: tl.constexpr):
 
 
 @triton.jit
+def _columns_of(offs_d, i: tl.constexpr, ENDS: tl.constexpr, NUM_INPUTS: tl.constexpr):
+    """Which columns read input i: adapter i's own, or all of one shared input."""
+    if NUM_INPUTS == 1:
+        return offs_d < ENDS[len(ENDS) - 1]
+    elif i == 0:
+        return offs_d < ENDS[0]
+    else:
+        return (offs_d >= ENDS[i - 1]) & (offs_d < ENDS[i])
+
+
+@triton.jit
 def _activate(pre, adapter, ACTIVATIONS: tl.constexpr, CODES: tl.constexpr):
     """Each column's own activation: one pass for each distinct code."""
     z = _activation(pre, CODES[0])
@@ -219,14 +231,12 @@ def _adapter_fusion_fwd_kernel(
         mask_k = offs_k < H
         mask_tk = mask_t[:, None] & mask_k[None, :]
         for i in tl.static_range(NUM_INPUTS):
-            start: tl.constexpr = 0 if i == 0 else ENDS[i - 1]
-            end: tl.constexpr = D if NUM_INPUTS == 1 else ENDS[i]
             x_tile = x_ptr + i * stride_xi + offs_t[:, None] * stride_xm + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_tk, other=0.0)
-            own = (offs_d >= start) & (offs_d < end)
+            own = _columns_of(offs_d, i, ENDS, NUM_INPUTS)
             pre = _dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED)
             if BLOCK_R > 0:
-                own = (offs_r >= start) & (offs_r < end)
+                own = _columns_of(offs_r, i, ENDS, NUM_INPUTS)
                 pre_r = _dot_rows(
                     x, w_down_ptr, offs_r, own, offs_k, mask_k, pre_r, H, True, INTERPRETED
                 )
@@ -307,9 +317,10 @@ def _adapter_fusion_fwd_kernel(
 
 _INTERPRETED = not isinstance(_adapter_fusion_fwd_kernel, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Both accumulators of a row block live in registers. Up to 192 columns nothing spills on sm_90 and
-# next to nothing, outside the loop over H, on sm_80; at 256 both spill, sm_80 in that loop.
-_MAX_COLUMNS = 192
+# The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
+# scores) nothing spills on sm_90 and a few bytes on sm_80, outside the loop over H; with 256 both
+# spill, sm_80 in that loop (compiled with Triton 3.9).
+_MAX_COLUMNS = 192 + 16
 
 
 def _padded(size: int) -> int:
@@ -337,11 +348,11 @@ def refusal(x: Tensor, weights: Sequence) -> str | None:
         weight = getattr(weights, name)
         if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
             return f"{name} is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}"
-    columns = sum(weights.sizes)
-    if (padded := sum(_column_blocks(columns))) > _MAX_COLUMNS:
+    padded = sum(_column_blocks(sum(weights.sizes))) + _padded(len(weights.sizes))
+    if padded > _MAX_COLUMNS:
         return (
-            f"its row block holds {_MAX_COLUMNS} bottleneck columns in registers; "
-            f"sizes {list(weights.sizes)} have {columns}, padded to {padded}"
+            f"its row block holds {_MAX_COLUMNS} columns of bottlenecks and scores in registers; "
+            f"sizes {list(weights.sizes)} take {padded}"
         )
     return None
 

@@ -1,0 +1,217 @@
+"""A configuration and its tensors as a pair of files: written whole or not at all."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class FileNames(NamedTuple):
+    """The files of an adapter, a fusion or a head."""
+
+    config: str
+    safetensors: str
+    pickle: str
+
+
+ADAPTER_FILES = FileNames("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+FUSION_FILES = FileNames(
+    "adapter_fusion_config.json",
+    "model_adapter_fusion.safetensors",
+    "pytorch_model_adapter_fusion.bin",
+)
+HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+
+
+def write_files(
+    directory: str | os.PathLike,
+    files: FileNames,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    use_safetensors: bool = True,
+) -> None:
+    """Write a configuration and its tensors into a directory, which is made if need be.
+
+    The pair replaces an older one. Should the process die on the way, `read_files` finds the older
+    pair whole; where an exception is raised, the files themselves are as they were.
+
+    Args:
+        directory: where to.
+        files: the names to write under.
+        config: what json can write.
+        tensors: by name. Those that share memory are written once for each name.
+        use_safetensors: False for a pickle of tensors.
+
+    Raises:
+        NotADirectoryError: `directory` is something else.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory: expected a directory; {str(directory)!r} is a file")
+    copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+    if use_safetensors:
+        payload = safetensors.torch.save(copies, metadata={"format": "pt"})
+    else:
+        buffer = io.BytesIO()
+        torch.save(copies, buffer)
+        payload = buffer.getvalue()
+    text = json.dumps(config, indent=2, sort_keys=True)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    new_weights = directory / (files.safetensors if use_safetensors else files.pickle)
+    old_config = directory / files.config
+    old_weights = [p for p in (directory / name for name in files[1:]) if p.exists()]
+    with contextlib.ExitStack() as temporary:
+        weights_file = temporary.enter_context(_temporary(new_weights, payload))
+        config_file = temporary.enter_context(_temporary(old_config, text.encode()))
+        backups = {}
+        try:
+            if old_config.exists():
+                for path in old_weights:
+                    backups[path] = _back_up(path, old_config.read_bytes())
+            # a power cut must not keep a later step without an earlier one
+            _sync(directory)
+            os.replace(weights_file, new_weights)
+            _sync(directory)
+            os.replace(config_file, old_config)  # from here on the new pair counts
+        except BaseException:
+            if config_file.exists():  # not moved: the old pair still counts
+                for path, backup in backups.items():
+                    with contextlib.suppress(OSError):  # read_files finds the backup in its place
+                        os.replace(backup, path)
+                        # where both are links to one file, replace leaves both
+                        backup.unlink(missing_ok=True)
+                if new_weights not in old_weights:
+                    new_weights.unlink(missing_ok=True)
+            raise
+    _sync(directory)
+    superseded = [path for path in old_weights if path != new_weights]
+    for path in (*backups.values(), *superseded):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path, data: bytes) -> Iterator[Path]:
+    """A file beside `target`, on the disk, which is gone afterwards unless it was moved."""
+    path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _backup_path(weights: Path, config: bytes) -> Path:
+    """Where the weights that belong to a configuration are kept while both are replaced."""
+    return weights.with_name(f".{weights.name}.{hashlib.sha256(config).hexdigest()[:16]}.old")
+
+
+def _back_up(weights: Path, config: bytes) -> Path:
+    backup = _backup_path(weights, config)
+    if not backup.exists():  # one that an interrupted write left is what counts
+        try:
+            os.link(weights, backup)
+        except OSError:  # a file system without links
+            shutil.copyfile(weights, backup)
+    return backup
+
+
+def _sync(directory: Path) -> None:
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_files(
+    directory: str | os.PathLike, files: FileNames, use_safetensors: bool | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a configuration and its tensors, on the CPU.
+
+    Args:
+        directory: where from.
+        files: the names to look for.
+        use_safetensors: True or False for one format alone; None for the one that is there, and
+            safetensors where both are.
+
+    Raises:
+        FileNotFoundError: the directory or one of the two files is missing.
+        NotImplementedError: `directory` is a URL or an identifier of a hub.
+        ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
+    """
+    directory = _existing_directory(directory)
+    config_path = directory / files.config
+    if not config_path.is_file():
+        raise FileNotFoundError(f"directory: no {files.config} in {str(directory)!r}")
+    data = config_path.read_bytes()
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{config_path}: not a JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: expected a JSON object; got {type(config).__name__}")
+
+    formats = {None: files[1:], True: (files.safetensors,), False: (files.pickle,)}
+    paths = [directory / name for name in formats[use_safetensors]]
+    for path in (*(_backup_path(path, data) for path in paths), *paths):
+        if path.is_file():
+            return config, _read_tensors(path, files.pickle in path.name)
+    expected = " or ".join(path.name for path in paths)
+    raise FileNotFoundError(f"directory: no {expected} in {str(directory)!r}")
+
+
+def _existing_directory(directory: str | os.PathLike) -> Path:
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"directory: expected a directory; {str(path)!r} is a file")
+    text = os.fspath(directory)
+    if "://" in text or "@" in text:
+        raise NotImplementedError(
+            f"directory: {text!r} is not a directory here, and loading from URLs and hubs is not "
+            "supported yet; download it and give the directory"
+        )
+    raise FileNotFoundError(
+        f"directory: {text!r} does not exist (loading from a hub by identifier is not supported "
+        "yet; download it and give the directory)"
+    )
+
+
+def _read_tensors(path: Path, is_pickle: bool) -> dict[str, Tensor]:
+    data = path.read_bytes()
+    try:
+        if is_pickle:
+            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        else:
+            tensors = safetensors.torch.load(data)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {name[1]}" if name else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: refused, the pickle is damaged or holds more than tensors: {reason}"
+        ) from error
+    except Exception as error:  # the two readers raise a dozen types on damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged, or not a file of tensors: {reason}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise ValueError(f"{path}: expected a dictionary of tensors; got {type(tensors).__name__}")
+    return tensors

@@ -1,0 +1,127 @@
+"""The golden cases of `adapters` that this library can run, loaded through the public interface."""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fastfusion
+from fastfusion.composition import Fuse, Stack
+
+GOLDEN = Path(__file__).parent / "golden"
+GROUPS = (
+    "bert-seq_bn",
+    "bert-double",
+    "bert-par",
+    "bert-variants",
+    "bert-fusion-variants",
+    "bert-grad",
+    "distilbert-mix",
+    "roberta-mix",
+)
+_BLOCKS = {"Stack": Stack, "Fuse": Fuse}
+
+
+class Case(NamedTuple):
+    group: str
+    case: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.group}-{self.case['id']}"
+
+
+@cache
+def manifest() -> dict[str, dict]:
+    groups = json.loads((GOLDEN / "manifest.json").read_text())["groups"]
+    return {group["id"]: group for group in groups}
+
+
+@cache
+def tensors(group: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / "groups" / group / "io.safetensors")
+
+
+def _is_ours(setup: Any) -> bool:
+    if setup is None or isinstance(setup, str):
+        return True
+    return setup["type"] in _BLOCKS and all(map(_is_ours, setup["children"]))
+
+
+def cases() -> Iterator[Case]:
+    """Every case whose tree is names, Stack and Fuse, with no head or a classification head."""
+    for group in GROUPS:
+        heads = manifest()[group].get("heads", {})
+        for case in manifest()[group]["cases"]:
+            head = case.get("head")
+            has_head = head is None or (
+                isinstance(head, str) and heads[head]["type"] == "classification"
+            )
+            if _is_ours(case["setup"]) and has_head and "peer_raises" not in case:
+                yield Case(group, case)
+
+
+def setup_of(data: Any) -> Any:
+    if data is None or isinstance(data, str):
+        return data
+    arguments = {"name": data["name"]} if "name" in data else {}
+    return _BLOCKS[data["type"]](*map(setup_of, data["children"]), **arguments)
+
+
+def load(group: str, **kwargs: Any) -> nn.Module:
+    """The group's model with everything that `adapters` saved of it."""
+    entry, folder = manifest()[group], GOLDEN / "groups" / group
+    model = fastfusion.AutoAdapterModel.from_pretrained(
+        GOLDEN / "models" / entry["model"], attn_implementation="eager", **kwargs
+    )
+    for name in entry["adapters"]:
+        model.load_adapter(folder / "adapters" / name, with_head=False)
+    for path in sorted((folder / "fusions").iterdir()):
+        model.load_adapter_fusion(path)
+    for name, head in entry.get("heads", {}).items():
+        if head["type"] == "classification":
+            model.load_head(folder / "heads" / name)
+    model.active_head = None
+    return model.eval()
+
+
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    prefix = f"inputs/{case.case['inputs_id']}/"
+    found = tensors(case.group)
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+
+
+def run(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """What the case's outputs are here, under the names that the golden file has."""
+    data = case.case
+    setup, head = setup_of(data["setup"]), data.get("head")
+    model.zero_grad()
+    if data.get("grad") == "adapters":
+        model.train_adapter(setup)
+    elif data.get("grad"):
+        model.train_adapter_fusion(setup, unfreeze_adapters=data["grad"] == "fusion+adapters")
+    else:
+        model.set_active_adapters(setup, skip_layers=data.get("skip_layers"))
+    model.eval()
+    model.active_head = head
+    flags = {k: v for k, v in data.items() if k.startswith("output_")}
+    with torch.set_grad_enabled("grad" in data):
+        for _ in range(data.get("repeat", 1)):
+            output = model(**inputs_of(case), **flags)
+    found: dict[str, Tensor] = {}
+    if "grad" in data:
+        output.loss.backward()
+        named = model.named_parameters(remove_duplicate=False)
+        found |= {f"grad/{k}": p.grad for k, p in named if p.grad is not None}
+        regularization = model.get_fusion_regularization_loss()
+        if regularization is not None:
+            found["fusion_reg_loss"] = regularization.detach().reshape(-1)
+    for name in ("adapter_fusion_attentions", "adapter_gating_scores"):
+        for key, layers in (getattr(output, name, None) or {}).items():
+            for layer, places in layers.items():
+                found |= {f"{name}/{key}/{layer}/{place}": t for place, t in places.items()}
+    return found | {k: v.detach() for k, v in output.items() if isinstance(v, Tensor)}

@@ -1,0 +1,267 @@
+"""Prediction heads: the numbers of `adapters`, losses, and choosing among heads by name."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, DistilBertConfig, RobertaConfig
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+
+from fastfusion.heads import (
+    ClassificationHead,
+    FlexibleHeadsMixin,
+    MultiLabelClassificationHead,
+    head_from_config,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = {"bert": BertConfig, "roberta": RobertaConfig, "distilbert": DistilBertConfig}
+
+
+class Host(FlexibleHeadsMixin, nn.Module):
+    """As much of a model as heads need."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.init_heads()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@pytest.fixture
+def host():
+    torch.manual_seed(0)
+    return Host(BertConfig(hidden_size=8, hidden_dropout_prob=0.2)).eval()
+
+
+def _states(batch=3, length=5, hidden_size=8):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, length, hidden_size, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("group", "head", "states_case", "logits_case"),
+    [
+        ("roberta-mix", "h", "c01", "c10"),
+        ("roberta-mix", "h", "c03", "c11"),
+        ("distilbert-mix", "h", "c01", "c10"),
+        ("distilbert-mix", "h", "c03", "c11"),
+    ],
+)
+def test_golden_logits(group, head, states_case, logits_case):
+    directory = GOLDEN / "groups" / group
+    cases = load_file(directory / "io.safetensors")
+    model_type = group.split("-")[0]
+    config = CONFIGS[model_type].from_pretrained(GOLDEN / "models" / model_type)
+    saved = json.loads((directory / "heads" / head / "head_config.json").read_text())
+    weights = directory / "heads" / head / "model_head.safetensors"
+    if weights.exists():
+        state = load_file(weights)
+    else:
+        state = torch.load(weights.with_name("pytorch_model_head.bin"), weights_only=True)
+    module = head_from_config(Host(config).eval(), head, saved["config"])
+    module.load_state_dict({k.removeprefix(f"heads.{head}."): v for k, v in state.items()})
+    assert module.config == saved["config"]
+
+    states = cases[f"cases/{states_case}/last_hidden_state"]
+    output = module(BaseModelOutput(states), return_dict=True)
+    torch.testing.assert_close(
+        output.logits, cases[f"cases/{logits_case}/logits"], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", ["c00", "c01", "c02"])
+def test_golden_loss(case):
+    cases = load_file(GOLDEN / "groups/bert-grad/io.safetensors")
+    config = BertConfig.from_pretrained(GOLDEN / "models/bert")
+    head = ClassificationHead(Host(config), "cls", num_labels=3)
+    loss = head.loss(cases[f"cases/{case}/logits"], cases["inputs/in0/labels"])
+    torch.testing.assert_close(loss, cases[f"cases/{case}/loss"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        ({}, ["1.weight", "1.bias", "4.weight", "4.bias"]),
+        ({"layers": 1}, ["1.weight", "1.bias"]),
+        ({"activation_function": None}, ["1.weight", "1.bias", "3.weight", "3.bias"]),
+        ({"layers": 1, "bias": False}, ["1.weight"]),
+        ({"layers": 3}, [f"{i}.{p}" for i in (1, 4, 7) for p in ("weight", "bias")]),
+    ],
+)
+def test_state_dict_keys(host, arguments, keys):
+    host.add_classification_head("x", **arguments)
+    assert list(host.heads.state_dict()) == [f"x.{key}" for key in keys]
+
+
+def test_forward_is_the_formula(host):
+    host.add_classification_head("x", num_labels=3)
+    first, last = host.heads["x"][1], host.heads["x"][4]
+    states = _states()
+    expected = last(torch.tanh(first(states[:, 0])))
+    torch.testing.assert_close(host.forward_head((states,))[0], expected)
+    given = host.forward_head((states,), cls_output=states[:, 2])[0]
+    torch.testing.assert_close(given, last(torch.tanh(first(states[:, 2]))))
+
+
+def test_losses(host):
+    states, labels = _states(), torch.tensor([2, 0, 1])
+    host.add_classification_head("classes", num_labels=3)
+    loss, logits = host.forward_head((states,), labels=labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+
+    host.add_classification_head("regression", num_labels=1)
+    for values in (torch.tensor([0.5, -1.0, 2.0]), torch.tensor([[1], [0], [2]])):
+        loss, logits = host.forward_head((states,), labels=values)
+        torch.testing.assert_close(loss, ((logits[:, 0] - values.view(-1)) ** 2).mean())
+
+    host.add_classification_head("tags", num_labels=3, multilabel=True)
+    assert isinstance(host.heads["tags"], MultiLabelClassificationHead)
+    for values in (torch.tensor([[1, 0, 1]] * 3), torch.tensor([[1.0, 0.0, 0.2]] * 3)):
+        loss, logits = host.forward_head((states,), labels=values)
+        expected = F.binary_cross_entropy_with_logits(logits, values.float())
+        torch.testing.assert_close(loss, expected)
+
+
+def test_output_classes(host):
+    host.add_classification_head("x")
+    states = _states()
+    outputs = BaseModelOutput(states, hidden_states=(states, states), attentions=(states,))
+    output = host.forward_head(outputs, return_dict=True)
+    assert isinstance(output, SequenceClassifierOutput)
+    assert output.loss is None and output.logits.shape == (3, 2)
+    assert output.hidden_states is outputs.hidden_states
+    assert output.attentions is outputs.attentions
+    plain = host.forward_head((states, "pooled", "hidden"), labels=torch.tensor([0, 1, 0]))
+    assert len(plain) == 4 and plain[2:] == ("pooled", "hidden")
+
+
+def test_pooler(host):
+    host.add_classification_head("x", use_pooler=True, layers=1)
+    states, pooled = _states(), torch.randn(3, 8)
+    logits = host.forward_head((states,), pooled_output=pooled)[0]
+    torch.testing.assert_close(logits, host.heads["x"][1](pooled))
+    with pytest.raises(ValueError, match="pooler"):
+        host.forward_head((states,))
+
+
+def test_dropout_probability():
+    def first_dropout(config, **arguments):
+        return ClassificationHead(Host(config), "x", **arguments)[0].p
+
+    assert first_dropout(BertConfig(hidden_size=8, hidden_dropout_prob=0.2)) == 0.2
+    both = BertConfig(hidden_size=8, hidden_dropout_prob=0.2, classifier_dropout=0.3)
+    assert first_dropout(both) == 0.3
+    assert first_dropout(both, dropout_prob=0.0) == 0.0
+    assert first_dropout(DistilBertConfig(dim=8)) == 0.0
+
+
+def test_head_takes_mode_dtype_and_initialisation(host):
+    host.dtype = torch.bfloat16
+    host.add_classification_head("x")
+    assert not host.heads["x"].training
+    assert {p.dtype for p in host.heads["x"].parameters()} == {torch.bfloat16}
+    assert host.heads["x"][1].bias.abs().sum() == 0
+    host.train()
+    host.add_classification_head("y")
+    assert host.heads["y"].training
+
+
+def test_choosing_a_head(host):
+    assert host.active_head is None
+    states = _states()
+    outputs = (states,)
+    assert host.forward_head(outputs) is outputs
+    host.add_classification_head("a", num_labels=2)
+    host.add_classification_head("b", id2label={0: "no", 1: "yes", 2: "maybe"}, num_labels=3)
+    assert host.active_head == "b" and host.head_type() == "classification"
+    assert host.get_labels() == ["no", "yes", "maybe"]
+    assert host.get_labels_dict("a") == {0: "LABEL_0", 1: "LABEL_1"}
+    assert host.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+    assert host.forward_head(outputs)[0].shape == (3, 3)
+    assert host.forward_head(outputs, head_name="a")[0].shape == (3, 2)
+    host.active_head = "a"
+    assert host.config.num_labels == 2
+    host.active_head = None
+    with pytest.raises(ValueError, match="no head is active"):
+        host.get_labels()
+    with pytest.raises(ValueError, match=r"\['a', 'b'\].*'c'"):
+        host.active_head = "c"
+    with pytest.raises(ValueError, match="'c'"):
+        host.forward_head(outputs, head_name="c")
+    with pytest.raises(NotImplementedError, match="Parallel"):
+        host.active_head = ["a", "b"]
+
+
+def test_adding_and_deleting(host):
+    host.add_classification_head("a")
+    with pytest.raises(ValueError, match="overwrite_ok"):
+        host.add_classification_head("a", num_labels=4)
+    host.add_classification_head("a", num_labels=4, overwrite_ok=True)
+    assert host.heads["a"].config["num_labels"] == 4
+    assert host.config.prediction_heads["a"]["num_labels"] == 4
+    host.delete_head("a")
+    assert host.active_head is None and len(host.heads) == 0
+    assert host.config.prediction_heads == {}
+    with pytest.raises(ValueError, match="'a'"):
+        host.delete_head("a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"num_labels": 0}, "num_labels"),
+        ({"layers": 0}, "layers"),
+        ({"activation_function": "tanhh"}, "tanhh"),
+        ({"dropout_prob": 2.0}, "dropout"),
+        ({"head_name": "a.b"}, "head_name"),
+    ],
+)
+def test_invalid_arguments(host, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        host.add_classification_head(**{"head_name": "x", **arguments})
+    assert len(host.heads) == 0
+
+
+def test_heads_come_back_from_the_config(host):
+    host.add_classification_head("a", num_labels=3, id2label={0: "x", 1: "y", 2: "z"})
+    host.add_classification_head("b", multilabel=True, layers=1)
+    again = Host(BertConfig.from_dict(json.loads(host.config.to_json_string())))
+    again.load_state_dict(host.state_dict())
+    assert {name: head.config for name, head in again.heads.items()} == {
+        name: head.config for name, head in host.heads.items()
+    }
+    assert again.active_head == "b"
+    assert isinstance(again.heads["b"], MultiLabelClassificationHead)
+
+
+def test_head_from_config_refuses(host):
+    with pytest.raises(NotImplementedError, match="masked_lm"):
+        head_from_config(host, "x", {"head_type": "masked_lm", "layers": 2})
+    with pytest.raises(ValueError, match="no_such_key"):
+        head_from_config(host, "x", {"head_type": "classification", "no_such_key": 1})
+    # files of early libraries lack some keys
+    head = head_from_config(host, "x", {"head_type": "classification", "label2id": None})
+    assert head.config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
+
+
+def test_copies(host):
+    host.add_classification_head("a")
+    states = (_states(),)
+    expected = host.forward_head(states)[0]
+    for head in (copy.deepcopy(host.heads["a"]), pickle.loads(pickle.dumps(host.heads["a"]))):
+        torch.testing.assert_close(head(states)[0], expected)
