@@ -25,7 +25,7 @@ test: venv
 
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_adapter_fusion.py
 
 test-gpu: venv
 	$(BIN)/pytest -q -m gpu

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import absorb
 from .modules import Adapter, AdapterFusion
 from .ops import PackedWeights, adapter_fusion, adapter_fusion_norm
-from .packing import Pack, PackCache
+from .packing import Pack, PackCache, autocast_off
 
 if TYPE_CHECKING:
     from .layer import PlaceSettings
@@ -112,7 +112,7 @@ class Mixture:
             return False
         if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
             return False
-        if torch.is_autocast_enabled(hidden.device.type):
+        if _autocast_dtype(hidden) is not None:
             return False
         return self._is_absorbed(hidden)
 
@@ -138,9 +138,7 @@ class Mixture:
             ValueError: the adapters' dtype or device is not that of the inputs.
         """
         *batch, hidden_size = inputs[0].shape
-        device = inputs[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
+        dtype = _autocast_dtype(inputs[0]) or inputs[0].dtype
 
         def rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
@@ -228,7 +226,7 @@ class Mixture:
             return self.packed(absorbed, like).weights(tensors, temperature)
         self._packs.drop()
         _check_like(tensors, like)
-        with torch.autocast(like.device.type, enabled=False):
+        with autocast_off(like):
             weights = absorb.pack(self._parameters(), absorbed)
         cast = [t if t is None else t.to(like.dtype) for t in weights[:5]]
         return PackedWeights(*cast, temperature, *weights[6:])
@@ -251,6 +249,14 @@ def _build(parameters: absorb.Parameters, absorbed: bool, tensors: Sequence[Tens
     return absorb.pack(parameters.with_tensors(tensors), absorbed)
 
 
+def _autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """What autocast computes in on this device, or None where it is off."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def _is_recorded(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -260,7 +266,7 @@ def _looks_up_in_graph(mask: Tensor | None) -> bool:
 
 
 def _check_like(tensors: list[Tensor], like: Tensor) -> None:
-    autocast = torch.is_autocast_enabled(like.device.type)
+    autocast = _autocast_dtype(like) is not None
     for tensor in tensors:
         if tensor.device != like.device or (tensor.dtype != like.dtype and not autocast):
             raise ValueError(

@@ -90,10 +90,6 @@ def _fuses(setup: Setup) -> Iterator[Fuse]:
             yield from _fuses(child)
 
 
-def _is_recording_train_step(model: nn.Module) -> bool:
-    return model.training and torch.is_grad_enabled()
-
-
 class ModelAdaptersMixin:
     """The methods of a model with adapters; their names and results are those of `adapters`."""
 
@@ -471,10 +467,17 @@ class ModelAdaptersMixin:
         setup = AdapterSetup.get_context()
         if setup is not None:
             self.model_adapters.check_setup(setup.adapter_setup)
+        fusions = self._cooling_fusions(setup)
+        for fusion in fusions:
+            fusion.settle_temperature()
         context = ForwardContext(**asked) if any(asked.values()) else None
         with nullcontext() if context is None else context:
             outputs = forward(*args, **kwargs)
-        self._advance_temperatures()
+        # train_adapter_fusion puts the base model alone into training mode
+        is_training_step = self.base_model.training and torch.is_grad_enabled()
+        for fusion in fusions:
+            if is_training_step or fusion.config.peer_temperature:
+                fusion.count_step()
         if context is not None:
             for name, value in context.outputs().items():
                 if isinstance(outputs, tuple):
@@ -483,16 +486,15 @@ class ModelAdaptersMixin:
                     setattr(outputs, name, value)
         return outputs
 
-    def _advance_temperatures(self) -> None:
-        """Once per training step, outside what gradient checkpointing recomputes."""
-        recording = _is_recording_train_step(self)
-        context = AdapterSetup.get_context()
+    def _cooling_fusions(self, context: AdapterSetup | None) -> list[AdapterFusion]:
+        """The modules of the current setup's fusions whose temperature falls."""
         setup = self.active_adapters if context is None else context.adapter_setup
-        for fuse in _fuses(setup) if setup is not None else ():
-            config = self.adapters_config.fusions[fuse.name]
-            if config["temperature"] and (recording or config.peer_temperature):
-                for _, module in self.model_adapters.fusion_modules(fuse.name):
-                    module.advance_temperature()
+        return [
+            module
+            for fuse in (() if setup is None else _fuses(setup))
+            if self.adapters_config.fusions[fuse.name]["temperature"]
+            for _, module in self.model_adapters.fusion_modules(fuse.name)
+        ]
 
 
 def _fusion_names(

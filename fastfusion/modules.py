@@ -152,6 +152,7 @@ class AdapterFusion(nn.Module):
             if config["value_initialized"]:
                 with torch.no_grad():
                     self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
+        self._step_is_due = False
         if config["temperature"]:
             start = torch.tensor(self.INITIAL_TEMPERATURE)
             self.register_buffer("temperature", start, persistent=False)
@@ -188,10 +189,20 @@ class AdapterFusion(nn.Module):
             tensors.append(modules["value"]._parameters["weight"])
         return tensors
 
-    def advance_temperature(self) -> None:
-        """One step of the decay from 50 to 1, in a new tensor: the old may wait for a backward."""
-        step = self.INITIAL_TEMPERATURE / 1000.0
-        self.temperature = (self.temperature - step).clamp(min=1.0)
+    def count_step(self) -> None:
+        """A forward took place after which the temperature falls: see `settle_temperature`."""
+        self._step_is_due = self.temperature is not None
+
+    def settle_temperature(self) -> None:
+        """Take the step down that is due, between 50 and 1.
+
+        At the next forward, not at the end of the last: gradient checkpointing computes the last one
+        again in its backward. In a new tensor: a recorded forward may still hold the old one.
+        """
+        if self._step_is_due:
+            step = self.INITIAL_TEMPERATURE / 1000.0
+            self.temperature = (self.temperature - step).clamp(min=1.0)
+            self._step_is_due = False
 
     def is_absorbable(self) -> bool:
         """Whether the absorbed form exists: not with the residual in key and value."""

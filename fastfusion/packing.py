@@ -10,6 +10,7 @@ through `.data` leave no trace: call `fastfusion.refresh(model)` after them.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
         return [t._version for t in tensors]
     except RuntimeError:  # tensors made in inference mode have none
         return [-1 if t.is_inference() else t._version for t in tensors]
+
+
+def autocast_off(like: Tensor) -> AbstractContextManager:
+    """Products of weights are taken in the weights' own precision."""
+    device = like.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class Pack:
@@ -76,7 +85,7 @@ class Pack:
     def _refreshed(self, sources: list[Tensor]) -> PackedWeights:
         high = sources[0].dtype in (torch.float32, torch.float64)
         precise = torch.float64 if high else torch.float32
-        with torch.no_grad(), torch.autocast(sources[0].device.type, enabled=False):
+        with torch.no_grad(), autocast_off(sources[0]):
             built = _in_range(self._build([t.to(precise) for t in sources]), self._dtype)
             return _stored(built, self._dtype, into=self._weights)
 
@@ -91,8 +100,11 @@ def _in_range(weights: PackedWeights, dtype: torch.dtype) -> PackedWeights:
         return weights
     limit = torch.finfo(dtype).max
     for name, tensor in zip(("w_down", "w_out"), (weights.w_down, weights.w_out), strict=True):
-        if tensor.abs().max() > limit:
-            raise OverflowError(f"{name}: {tensor.abs().max():.3g} is beyond the range of {dtype}")
+        if (tensor.abs() > limit).any():
+            raise OverflowError(
+                f"{name}: the product of the adapters' and the fusion's matrices reaches "
+                f"{tensor.abs().max():.3g}, beyond the range of {dtype}"
+            )
     if weights.w_score is None or weights.w_score.numel() == 0:
         return weights
     # 16 leaves room for the products with hidden states of norm 4096

@@ -472,11 +472,11 @@ def save_adapter_fusion(
         config=record.fusions[name].to_dict(),
         adapter_names=list(record.fusion_names[name]),
     )
-    temperatures = {
-        path: module.temperature.item()
-        for path, module in _fusion_modules(model, name).items()
-        if module.temperature is not None
-    }
+    temperatures = {}
+    for path, module in _fusion_modules(model, name).items():
+        if module.temperature is not None:
+            module.settle_temperature()
+            temperatures[path] = module.temperature.item()
     if temperatures:
         config["temperature"] = temperatures
     tensors = select(_state(model), "fusion", name)

@@ -186,8 +186,8 @@ def test_padding_rows_of_the_scores_are_ignored(adjacent):
     expected = forward_and_backward(cpp_backend, weights, 20, 16)
     weights.w_score[13:] = float("nan")
     weights.b_score[13:] = float("nan")
-    for one, two in zip(forward_and_backward(cpp_backend, weights, 20, 16), expected, strict=True):
-        assert torch.equal(one, two)
+    for name, actual in forward_and_backward(cpp_backend, weights, 20, 16).items():
+        assert torch.equal(actual, expected[name]), name
 
 
 @pytest.mark.parametrize("num_inputs", [1, 3])
@@ -307,24 +307,39 @@ def bf16_products(request, monkeypatch):
     return native
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("scored", [True, False])
-def test_bf16_against_torch_in_bf16(bf16_products, norm, scored):
-    sizes = [24, 24, 8] if scored else [24]
-    weights = packed(sizes, [2] * len(sizes), 96, padding=1, scored=scored)
-    low = [t if t is None else t.bfloat16() for t in weights[:5]]
-    weights = PackedWeights(*low, *weights[5:])
+def in_bf16(weights):
+    """The same weights in bf16, the score weights right behind the down weights."""
+    low = [tensor if tensor is None else tensor.bfloat16() for tensor in weights[:5]]
+    if weights.w_score is not None:
+        stacked = torch.cat([low[0], low[2]])
+        low[0], low[2] = stacked.split([low[0].shape[0], low[2].shape[0]])
+    return PackedWeights(*low, *weights[5:])
 
-    exact, plain, ours = (
-        forward_and_backward(backend, weights, 64, 96, norm=norm)
-        for backend in ("truth", torch_backend, cpp_backend)
-    )
-    for name, o in ours.items():
-        p, e = plain[name], exact[name]
-        assert o.shape == p.shape and o.dtype == p.dtype, name
-        if e.numel() and e.norm() > 1e-12:
-            # a tenth and 2^-9, one rounding: the roundings differ, and so does chance
-            assert relative_error(o, e) <= 1.1 * relative_error(p, e) + 2**-9, name
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sizes", [[24, 24, 8], [5, 6], [24]])
+def test_bf16_against_torch_in_bf16(bf16_products, norm, sizes, poisoned_empty):
+    errors = {}
+    # the errors of single draws scatter by a factor of two: compare their means
+    draws = 4
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        scored = len(sizes) > 1
+        weights = in_bf16(packed(sizes, [2] * len(sizes), 96, padding=1, scored=scored))
+        if scored:
+            weights.w_score[-1] = float("nan")  # padding
+        exact, plain, ours = (
+            forward_and_backward(backend, weights, 64, 96, norm=norm)
+            for backend in ("truth", torch_backend, cpp_backend)
+        )
+        for name, o in ours.items():
+            p, e = plain[name], exact[name]
+            assert o.shape == p.shape and o.dtype == p.dtype, name
+            if e.numel() and e.norm() > 1e-12:
+                pair = torch.tensor([relative_error(o, e), relative_error(p, e)])
+                errors[name] = errors.get(name, 0) + pair / draws
+    for name, (error, plain_error) in errors.items():
+        assert error <= 1.5 * plain_error, name
 
 
 @pytest.mark.parametrize("adapters", [2, 8])

@@ -41,6 +41,7 @@ def test_case(case: Case, backend: str | None):
     for layer in model.model_adapters.layers:
         for fusion in layer.adapter_fusion_layer.values():
             if fusion.temperature is not None:
+                fusion.settle_temperature()
                 fusion.temperature = torch.tensor(fusion.INITIAL_TEMPERATURE)
     found = golden_cases.run(model, case)
     for name in case.case["outputs"]:

@@ -798,7 +798,8 @@ def test_temperature(model, tmp_path):
 
     for i, module in enumerate(modules("t")):
         for _ in range(3 + i):
-            module.advance_temperature()
+            module.count_step()
+            module.settle_temperature()
     files.save_adapter_fusion(model, tmp_path, "t")
     config = read_files(tmp_path, FUSION_FILES)[0]
     assert config["config"] == AdapterFusionConfig(temperature=True).to_dict()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastfusion"
 # From the ground up; a module imports from lower levels only. A name covers its sub-modules too.
 LEVELS: list[list[str]] = [
     ["ops.activations", "composition"],
-    ["ops.torch_backend", "reference", "configuration", "context"],
+    ["ops.torch_backend", "reference", "configuration", "context", "files"],
     ["ops.cpp_backend", "kernels"],
     ["ops.backends"],
     ["ops.adapter_fusion"],

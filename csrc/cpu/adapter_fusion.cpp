@@ -178,6 +178,13 @@ Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
   return m;
 }
 
+// The columns of a row that ends with a cache line.
+template <typename T>
+int64_t whole_lines(int64_t columns) {
+  const int64_t line = 64 / sizeof(T);
+  return (columns + line - 1) / line * line;
+}
+
 // The first and the last product's operands, and the buffer between them: per row
 // [D | score rows], at least D + N columns, in whole cache lines.
 template <typename T>
@@ -192,9 +199,7 @@ class Projection {
     // one product serves both where the score weights lie directly behind the down weights
     joint_ = m.scored && !query && x.size() == 1 &&
              score_.data == down_.data + down_.rows * down_.row_stride;
-    const int64_t columns = m.columns + std::max(score_.rows, m.adapters);
-    const int64_t line = 64 / sizeof(T);
-    buffer_stride = (columns + line - 1) / line * line;
+    buffer_stride = whole_lines<T>(m.columns + std::max(score_.rows, m.adapters));
   }
 
   int64_t buffer_stride;
@@ -340,13 +345,14 @@ std::tuple<Tensor, Tensor> adapter_fusion(
   const Tensor p = new_attention(out, m, out.size(0));
   with_dtype(out, [&]<typename T>() {
     const Projection<T> projection(m, weights, x, query);
-    const Matrix<T> to = matrix<T>(out);
     forward_blocks(
         m, projection, mask, score_offset, out, data<float>(p),
         [](int64_t, int64_t) -> const T* { return nullptr; },
         [&](int64_t first, int64_t rows) {
+          // 0.2 ms dearer when the product adds it (beta = 1): PyTorch copies it to `out` first
           if (residual) {
-            add_rows(to.row_range(first, rows), data<T>(residual) + first * to.columns);
+            const Matrix<T> to = matrix<T>(out).row_range(first, rows);
+            add_rows(to, data<T>(residual) + first * to.columns);
           }
         });
   });
@@ -433,7 +439,7 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
   const Matrix<T> grad = matrix<T>(grad_out);
   const int64_t total = grad.rows, width = grad.columns, num_inputs = projection.num_inputs();
   const int64_t used = m.columns + m.adapters, stride = projection.buffer_stride;
-  const int64_t g_stride = w.w_out.size(0);
+  const int64_t out_rows = w.w_out.size(0), g_stride = whole_lines<T>(out_rows);
 
   auto empty = [&] { return torch::stable::new_empty(grad_out, {0}); };
   // the gradient of a weight with padding rows: those are zero, the others still to be computed
@@ -452,7 +458,7 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
       empty(),
       new_padded(score_weights, score_rows),
       empty(),
-      new_padded(needs.out, g_stride),
+      new_padded(needs.out, out_rows),
       empty(),
   };
   const Tensor db_down = torch::stable::new_zeros(grad_out, {m.columns}, ScalarType::Float);
@@ -484,7 +490,8 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
     const Matrix<T> y{data<T>(y_buffer) + offset * stride, rows, stride, stride};
     const Matrix<T> g{data<T>(g_buffer) + offset * g_stride, rows, g_stride, g_stride};
     projection.project(first, y, nullptr, needs_pre);
-    product(g, grad.row_range(first, rows), matrix<T>(w.w_out).transposed());
+    product(g.column_range(0, out_rows), grad.row_range(first, rows),
+            matrix<T>(w.w_out).transposed());
 
     BackwardRows<T> pass{};
     pass.y = y.data, pass.g = g.data, pass.y_stride = stride, pass.g_stride = g_stride;

@@ -70,6 +70,15 @@ FASTFUSION_INLINE void softmax(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] *= inverse;
 }
 
+// oneDNN's bf16 products read a row's columns up to the next multiple of 32 and multiply them by
+// zero (torch 2.13, AMX): what lies behind the columns in use must not be NaN. Score weights may have
+// padding rows that hold anything, and the buffers' own padding is uninitialised.
+template <typename T>
+FASTFUSION_INLINE void zero(T* row, int64_t from, int64_t to) {
+  FASTFUSION_SIMD
+  for (int64_t j = from; j < to; ++j) row[j] = T{};
+}
+
 template <typename T>
 FASTFUSION_INLINE void forward_rows_body(const Mixture& m, const ForwardRows<T>& rows,
                                          int64_t begin, int64_t end) {
@@ -78,6 +87,7 @@ FASTFUSION_INLINE void forward_rows_body(const Mixture& m, const ForwardRows<T>&
   for (int64_t row = begin; row < end; ++row) {
     T* y = rows.y + row * rows.y_stride;
     activate_row<T>(m, y, z, nullptr);
+    zero(y, m.used(), rows.y_stride);
     if (!m.scored) {
       FASTFUSION_SIMD
       for (int64_t j = 0; j < columns; ++j) store(y[j], z[j]);
@@ -120,6 +130,8 @@ FASTFUSION_INLINE void backward_rows_body(const Mixture& m, const BackwardRows<T
     T* y = rows.y + row * rows.y_stride;
     T* g = rows.g + row * rows.g_stride;
     activate_row<T>(m, y, z, slope);
+    zero(y, m.used(), rows.y_stride);
+    zero(g, columns + adapters, rows.g_stride);
     if (!m.scored) {
       if (rows.needs_pre) {
         FASTFUSION_SIMD

@@ -25,11 +25,14 @@ struct Mixture {
   const float* b_down;   // [D]
   const float* b_score;  // [D + N]
   float inv_temperature;
+
+  // the columns of a row of `y` that a product writes or reads
+  int64_t used() const { return columns + adapters + (scored ? columns : 0); }
 };
 
 // pre, t, c -> p, and [p*z ; p] for the last product.
 //   y: rows of [x @ w_down.T (D) ; query @ w_score.T (D + N)], without biases; the first D + N
-//      columns become [p*z ; p].
+//      columns become [p*z ; p]. Zero behind them.
 template <typename T>
 struct ForwardRows {
   T* y;
@@ -41,8 +44,8 @@ struct ForwardRows {
 };
 
 // The same recomputed, with its gradients.
-//   y: in as above, out [dpre (D) ; ds*z (D) ; ds (N)].
-//   g: in grad_out @ w_out.T = [dw ; dp], out w = [p*z ; p].
+//   y: in as above, out [dpre (D) ; ds*z (D) ; ds (N)], zero behind.
+//   g: in grad_out @ w_out.T = [dw ; dp], out w = [p*z ; p], zero behind.
 template <typename T>
 struct BackwardRows {
   T* y;

@@ -1,0 +1,494 @@
+"""Patched models: what `init` changes and `restore` undoes, the methods, and bad input."""
+
+import copy
+import io
+import threading
+
+import pytest
+import tiny
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+)
+
+import fastfusion
+from fastfusion import AdapterSetup, AutoAdapterModel, Fuse, Stack
+
+FUSE = Fuse("a", "b", "c")
+
+
+def run(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs)[0]
+
+
+@pytest.fixture
+def model():
+    return tiny.bert()
+
+
+@pytest.fixture
+def ids():
+    return tiny.ids()
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+def test_init_and_restore(architecture, kind, ids):
+    model = kind.from_config(tiny.CONFIGS[architecture]).eval()
+    tiny.randomize_norms(model)
+    model.base_model.get_input_embeddings().weight.requires_grad = False
+    untouched = copy.deepcopy(model)
+    before, original = run(model, ids), type(model)
+    fastfusion.init(model)
+    fastfusion.init(model)
+    assert torch.equal(run(model, ids), before)
+    assert type(model).__name__ == original.__name__ and isinstance(model, original)
+    tiny.add_fusion(model)
+    active = run(model, ids)
+    assert not torch.allclose(active, before, atol=1e-3)
+    model.set_backend("reference")
+    torch.testing.assert_close(run(model, ids), active, rtol=1e-5, atol=1e-5)
+    model.train_adapter_fusion(FUSE)
+    fastfusion.restore(model)
+    model.eval()
+    assert type(model) is original
+    assert torch.equal(run(model, ids), before)
+    restored, expected = model.state_dict(), untouched.state_dict()
+    assert list(restored) == list(expected)
+    assert all(torch.equal(restored[k], expected[k]) for k in expected)
+    flags = [p.requires_grad for p in untouched.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == flags
+    for name, module in model.named_modules():
+        assert "forward" not in module.__dict__ and "adapter_layers" not in module.__dict__, name
+    fastfusion.init(model)  # and again
+
+
+KEYS = {
+    "bert": "encoder.layer.0.attention.output.adapters.a.adapter_down.0.weight",
+    "roberta": "encoder.layer.1.output.adapters.a.adapter_up.bias",
+    "xlm-roberta": "encoder.layer.1.output.adapter_fusion_layer.a,b,c.key.weight",
+    "electra": "encoder.layer.0.output.adapter_fusion_layer.a,b,c.value.weight",
+    "distilbert": "transformer.layer.0.attention_adapters.adapters.a.adapter_down.0.weight",
+}
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+def test_flexible_models(architecture, ids):
+    """One class per architecture; keys as `adapters` names them; nothing else than in its base."""
+    model = AutoAdapterModel.from_config(tiny.CONFIGS[architecture])
+    names = {"xlm-roberta": "XLMRoberta", "distilbert": "DistilBert"}
+    prefix = names.get(architecture, architecture.capitalize())
+    assert type(model) is getattr(fastfusion, f"{prefix}AdapterModel")
+    base_keys = [f"{model.base_model_prefix}.{k}" for k in model.base_model.state_dict()]
+    assert list(model.state_dict()) == base_keys
+    tiny.add_fusion(model)
+    assert f"{model.base_model_prefix}.{KEYS[architecture]}" in model.state_dict()
+    model.add_classification_head("task", num_labels=3)
+    labels = torch.tensor([0, 2])
+    output = model(ids, labels=labels)
+    output.loss.backward()
+    assert output.logits.shape == (2, 3)
+    assert isinstance(model(ids, labels=labels, return_dict=False), tuple)
+    with pytest.raises(ValueError, match="restore|class"):
+        fastfusion.restore(model)
+
+
+def test_saved_and_loaded_by_transformers(tmp_path, ids):
+    """save_pretrained writes the whole model; adapters, fusions and heads come back from config.json."""
+    model = AutoAdapterModel.from_config(tiny.CONFIGS["bert"])
+    model.add_adapter("n", "seq_bn[ln_before=True]")
+    fuse = tiny.add_fusion(model)
+    model.add_classification_head("task", num_labels=3)
+    model.eval().save_pretrained(tmp_path)
+    other = AutoAdapterModel.from_pretrained(tmp_path).eval()
+    other.set_active_adapters(fuse)
+    other.active_head = "task"
+    assert torch.equal(run(other, ids), run(model, ids))
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(model, ids, dtype):
+    """Error against the fp64 truth: no larger than that of the literal formulas in the same dtype."""
+    truth = copy.deepcopy(model).double()
+    truth.set_backend("reference")
+    truth = run(truth, ids)
+    model.to(dtype)
+    actual = run(model, ids).double()
+    model.set_backend("reference")
+    literal = run(model, ids).double()
+    # where the literal error is a few roundings, ours is a few others
+    few = 4 * torch.finfo(dtype).eps * truth.abs().max()
+    assert (actual - truth).abs().max() <= 1.2 * (literal - truth).abs().max() + few
+    assert (actual - truth).abs().mean() <= 1.1 * (literal - truth).abs().mean() + few / 4
+
+
+def test_autocast(model, ids):
+    expected = run(model, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(model, ids)
+        model.train_adapter_fusion(FUSE)
+        model(ids).last_hidden_state.sum().backward()
+    # two layers of bf16 products with values around one
+    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.15)
+    for _, fusion in model.model_adapters.fusion_modules("a,b,c"):
+        assert fusion.query.weight.grad.dtype == torch.float32
+
+
+def test_deepcopy_and_state(model, ids):
+    other = copy.deepcopy(model)
+    assert torch.equal(run(other, ids), run(model, ids))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not torch.equal(run(other, ids), run(model, ids))
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(run(other, ids), run(model, ids))
+
+
+def test_device(model, ids):
+    """`to(device)` takes adapters, fusions and packs along (the meta device: shapes alone)."""
+    moved = copy.deepcopy(model).to("meta")
+    moved.set_backend("torch")
+    assert run(moved, ids.to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("trained", ["fusion", "adapters", "all"])
+def test_gradient_checkpointing(model, ids, trained):
+    """Dropout on, temperature on: the same gradients and the same temperature as without."""
+    model.add_adapter_fusion(FUSE, {"temperature": True, "dropout_prob": 0.3}, overwrite_ok=True)
+    tiny.randomize(model)
+    if trained == "all":
+        model.train()
+    elif trained == "adapters":
+        model.train_adapter_fusion(FUSE, unfreeze_adapters=True)
+    else:
+        model.train_adapter_fusion(FUSE)
+    model.double()
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable()
+    results = []
+    for m in (model, other):
+        torch.manual_seed(1)
+        m(ids).last_hidden_state.square().sum().backward()
+        _, fusion = next(m.model_adapters.fusion_modules("a,b,c"))
+        fusion.settle_temperature()
+        results.append((fusion.temperature, {n: p.grad for n, p in m.named_parameters()}))
+    assert results[0][0] == results[1][0] == pytest.approx(49.95)
+    for name, grad in results[0][1].items():
+        assert (grad is None) == (results[1][1][name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(results[1][1][name], grad)
+
+
+def test_unused_parameters_get_zeros(model, ids):
+    """bk cancels in the softmax; its gradient is zeros, not None, in both forms."""
+    model.train_adapter_fusion(FUSE)
+    model.eval()
+    for shape in ((1, 2), (8, 30)):  # factored, absorbed
+        model.zero_grad()
+        model(tiny.ids(*shape)).last_hidden_state.square().sum().backward()
+        for _, fusion in model.model_adapters.fusion_modules("a,b,c"):
+            assert fusion.key.bias.grad is not None
+            # rounding of sums that are zero
+            assert fusion.key.bias.grad.abs().max() < 1e-3 * fusion.key.weight.grad.abs().max()
+
+
+def test_temperature(model, ids):
+    """One step down for each training step; evaluation leaves it; `peer_temperature` decays always."""
+    for config, expected in (
+        ({"temperature": True}, 49.9),
+        ({"temperature": True, "peer_temperature": True}, 49.75),
+    ):
+        model.add_adapter_fusion(FUSE, config, overwrite_ok=True)
+        model.set_active_adapters(FUSE)
+        _, fusion = next(model.model_adapters.fusion_modules("a,b,c"))
+        model.eval()
+        for _ in range(3):
+            run(model, ids)
+        model.train()
+        model(ids)
+        model(ids)
+        fusion.settle_temperature()
+        assert fusion.temperature.item() == pytest.approx(expected)
+    assert fusion.temperature.dtype == torch.float32
+    model.bfloat16()
+    assert fusion.temperature.dtype == torch.float32  # bf16 cannot hold 50 - 0.05
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_attentions(model, ids, as_tuple):
+    output = model(ids, output_adapter_fusion_attentions=True, return_dict=not as_tuple)
+    attentions = output[-1] if as_tuple else output.adapter_fusion_attentions
+    assert list(attentions) == ["a,b,c"] and list(attentions["a,b,c"]) == [0, 1]
+    for places in attentions["a,b,c"].values():
+        assert list(places) == ["mh_adapter", "output_adapter"]
+        for p in places.values():
+            assert p.shape == (2, 7, 3) and not p.requires_grad
+            torch.testing.assert_close(p.sum(-1), torch.ones(2, 7))
+    assert not hasattr(model(ids), "adapter_fusion_attentions")
+    assert model.bfloat16()(ids, output_adapter_fusion_attentions=True).adapter_fusion_attentions
+
+
+def test_skip_layers_and_leave_out(model, ids):
+    model.add_adapter("d", "seq_bn[leave_out=[0], reduction_factor=4]")
+    tiny.randomize(model)
+    model.set_active_adapters("d")
+    left_out = run(model, ids)
+    model.set_active_adapters(Stack("d"), skip_layers=[0])
+    assert torch.equal(run(model, ids), left_out)
+    model.set_active_adapters("d", skip_layers=[0, 1])
+    skipped = run(model, ids)
+    model.set_active_adapters(None)
+    assert torch.equal(run(model, ids), skipped)
+    model.active_adapters = "d"
+    assert torch.equal(run(model, ids), left_out)
+
+
+def test_context(model, ids):
+    model.set_active_adapters("a")
+    only_a = run(model, ids)
+    model.set_active_adapters(FUSE)
+    fused = run(model, ids)
+    with AdapterSetup("a"):
+        assert torch.equal(run(model, ids), only_a)
+        with AdapterSetup(None):
+            nothing = run(model, ids)
+        assert torch.equal(run(model, ids), only_a)
+    assert torch.equal(run(model, ids), fused)
+    model.set_active_adapters(None)
+    assert torch.equal(run(model, ids), nothing)
+    with AdapterSetup("zzz"), pytest.raises(ValueError, match="'zzz'"):
+        model(ids)
+
+
+def test_context_per_thread(model, ids):
+    """8 threads with different setups on one model at once give what each alone gives."""
+    setups = ["a", "b", "c", FUSE, Stack("a", "b"), Stack("c", FUSE), None, Fuse("c", name="c")]
+    model.add_adapter_fusion(["c"])
+    tiny.randomize(model)
+    alone = []
+    for setup in setups:
+        with AdapterSetup(setup):
+            alone.append(run(model, ids))
+    results = [[] for _ in setups]
+
+    def work(i):
+        with AdapterSetup(setups[i]):
+            results[i] += [run(model, ids) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(setups))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, found in zip(alone, results, strict=True):
+        assert len(found) == 5 and all(torch.equal(r, expected) for r in found)
+
+
+def test_training_modes(model):
+    model.train_adapter("a")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".adapters.a." in n for n in trained)
+    assert model.model_frozen and model.active_adapters == Stack("a") and model.training
+    model.train_adapter_fusion(FUSE)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".adapter_fusion_layer.a,b,c." in n for n in trained)
+    values = [f.value.weight for _, f in model.model_adapters.fusion_modules("a,b,c")]
+    loss = sum(((torch.eye(32) - v) ** 2).sum() for v in values) * 0.01
+    torch.testing.assert_close(model.get_fusion_regularization_loss(), loss)
+    model.train_adapter_fusion(Stack("b", FUSE), unfreeze_adapters=True)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(any(f".adapters.{x}." in n for n in trained) for x in "abc")
+    model.freeze_model(False)
+    assert not model.model_frozen and all(p.requires_grad for p in model.parameters())
+
+
+def test_summary(model):
+    rows = model.adapter_summary(as_dict=True)
+    assert [row["name"] for row in rows] == ["a", "b", "c", "Full model"]
+    per_adapter = sum(p.numel() for _, m in model.model_adapters.modules("a") for p in m.parameters())
+    assert rows[0]["#param"] == per_adapter and rows[0]["active"]
+    table = model.adapter_summary()
+    assert "Full model" in table and f"{per_adapter:,}" in table
+
+
+def test_deleting(model, ids):
+    with pytest.raises(ValueError, match="active setup"):
+        model.delete_adapter("a")
+    with pytest.raises(ValueError, match="active setup"):
+        model.delete_adapter_fusion("a,b,c")
+    model.set_active_adapters(None)
+    nothing = run(model, ids)
+    model.delete_adapter_fusion(FUSE)
+    for name in "abc":
+        model.delete_adapter(name)
+    assert not [n for n in model.state_dict() if "adapter" in n] and not model.has_adapters()
+    assert torch.equal(run(model, ids), nothing)
+
+
+def test_aliases(model):
+    model.add_fusion(Fuse("a", "b"))
+    model.train_fusion(Fuse("a", "b"))
+    assert model.active_adapters == Fuse("a", "b")
+
+
+BAD_CALLS = {
+    "unknown adapter": (lambda m: m.set_active_adapters("zzz"), ValueError, "'zzz'"),
+    "unknown in a block": (lambda m: m.train_adapter(Stack("a", "zzz")), ValueError, "'zzz'"),
+    "no fusion for a Fuse": (
+        lambda m: m.set_active_adapters(Fuse("b", "a")),
+        ValueError,
+        "add_adapter_fusion",
+    ),
+    "fusion of other adapters": (
+        lambda m: m.set_active_adapters(Fuse("b", "a", name="a,b,c")),
+        ValueError,
+        r"is over \['a', 'b', 'c'\]",
+    ),
+    "no Fuse to train": (lambda m: m.train_adapter_fusion("a"), ValueError, "expected a Fuse"),
+    "nothing to train": (lambda m: m.train_adapter(None), ValueError, "got none"),
+    "duplicate adapter": (lambda m: m.add_adapter("a"), ValueError, "overwrite_ok"),
+    "duplicate fusion": (lambda m: m.add_adapter_fusion(FUSE), ValueError, "overwrite_ok"),
+    "dotted name": (lambda m: m.add_adapter("a.b"), ValueError, "adapter_name"),
+    "name of an attribute": (lambda m: m.add_adapter("keys"), ValueError, "adapter_name"),
+    "unknown config": (lambda m: m.add_adapter("d", "nonsense"), ValueError, "nonsense"),
+    "unknown activation": (
+        lambda m: m.add_adapter("d", "seq_bn[non_linearity='nonsense']"),
+        ValueError,
+        "non_linearity",
+    ),
+    "compacter": (lambda m: m.add_adapter("d", "compacter"), NotImplementedError, "phm_layer"),
+    "invertible": (lambda m: m.add_adapter("d", "seq_bn_inv"), NotImplementedError, "inv_adapter"),
+    "fusion over an unknown": (
+        lambda m: m.add_adapter_fusion(["a", "zzz"]),
+        ValueError,
+        "'zzz'",
+    ),
+    "delete an unknown adapter": (lambda m: m.delete_adapter("zzz"), ValueError, "'zzz'"),
+    "delete an unknown fusion": (lambda m: m.delete_adapter_fusion("zzz"), ValueError, "'zzz'"),
+    "unknown backend": (lambda m: m.set_backend("cuda"), ValueError, "backend"),
+    "too deep": (
+        lambda m: m.set_active_adapters(Stack("a", Fuse("b", Stack("c", FUSE)))),
+        ValueError,
+        "Stack inside another block",
+    ),
+    "not a setup": (lambda m: m.set_active_adapters(3), ValueError, "setup"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_change_nothing(model, ids, call, error, message):
+    before, state = run(model, ids), model.state_dict()
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        call(model)
+    assert model.active_adapters == FUSE and not model.training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert list(model.state_dict()) == list(state)
+    assert list(model.adapters_config.adapters) == ["a", "b", "c"]
+    assert list(model.adapters_config.fusions) == ["a,b,c"]
+    assert torch.equal(run(model, ids), before)
+
+
+def test_fusion_over_different_locations(model):
+    model.add_adapter("d", "seq_bn")
+    with pytest.raises(ValueError, match="mh_adapter"):
+        model.add_adapter_fusion(["a", "d"])
+
+
+def test_other_dtype_and_device(model, ids):
+    model.adapter_to("a", dtype=torch.float64)
+    with pytest.raises(ValueError, match="torch.float64"):
+        run(model, ids)
+    model.adapter_to("a", dtype=torch.float32)
+    model.adapter_fusion_to(FUSE, device="meta")
+    with pytest.raises(ValueError, match="meta"):
+        run(model, ids)
+
+
+def test_backend_by_name(model, ids):
+    model.set_backend("cpp")
+    run(model, ids)
+    model.double()
+    with pytest.raises(ValueError, match="cpp.*float32"):
+        run(model, ids)
+    model.set_backend(None)
+    run(model, ids)
+    model.float().add_adapter("d", "seq_bn[non_linearity='mish']", set_active=True)
+    model.set_backend("cpp")
+    with pytest.raises(ValueError, match="mish"):
+        run(model, ids)
+
+
+def test_bad_models():
+    with pytest.raises(TypeError, match="transformers"):
+        fastfusion.init(torch.nn.Linear(2, 2))
+    gpt2 = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
+    with pytest.raises(ValueError, match="gpt2"):
+        fastfusion.init(gpt2)
+    with pytest.raises(ValueError, match="gpt2"):
+        AutoAdapterModel.from_config(gpt2.config)
+    bert = BertModel(tiny.CONFIGS["bert"])
+    with pytest.raises(ValueError, match="init"):
+        fastfusion.restore(bert)
+    bert.encoder.layer[1].output.adapters = torch.nn.ModuleDict()
+    with pytest.raises(ValueError, match="'adapters'"):
+        fastfusion.init(bert)
+    assert "forward" not in bert.encoder.layer[0].output.__dict__
+    assert type(bert) is BertModel
+
+
+@pytest.mark.parametrize("mode", ["inference", "eval", "train"])
+def test_compile(mode, ids):
+    """One graph, no break; without gradients it follows changed weights."""
+    torch._dynamo.reset()
+    model = BertForSequenceClassification(tiny.CONFIGS["bert"]).eval()
+    fastfusion.init(model)
+    fuse = tiny.add_fusion(model)
+    model.add_adapter_fusion(fuse, {"temperature": True}, overwrite_ok=True)
+    model.set_active_adapters(Stack("a", fuse))
+    tiny.randomize(model)
+    if mode == "train":
+        model.train_adapter_fusion(Stack("a", fuse))
+        # dropout draws other numbers in a compiled graph
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for _, fusion in model.model_adapters.fusion_modules(fuse.name):
+            fusion.dropout = 0.0
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True)
+    if mode == "inference":
+        for _ in range(2):
+            torch.testing.assert_close(run(compiled, ids), run(model, ids), rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                for m in (model, other):
+                    for _, fusion in m.model_adapters.fusion_modules(fuse.name):
+                        fusion.query.weight.mul_(1.5)
+        return
+    labels = torch.tensor([0, 1])
+    for m in (model, compiled):
+        output = m(ids, labels=labels, output_adapter_fusion_attentions=True)
+        assert output.adapter_fusion_attentions["a,b,c"][1]["mh_adapter"].shape == (2, 7, 3)
+        output.loss.backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        assert (parameter.grad is None) == (expected[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5
+            )
+    for m in (model, other):
+        _, fusion = next(m.model_adapters.fusion_modules(fuse.name))
+        fusion.settle_temperature()
+        assert fusion.temperature.item() == pytest.approx(49.95 if mode == "train" else 50.0)
