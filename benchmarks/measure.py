@@ -1,0 +1,83 @@
+"""What the benchmarks share: interleaved rounds, quartiles, the machine, and a file of results."""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    return [round(value, 4) for value in statistics.quantiles(values, n=4)]
+
+
+def interleaved(calls: Mapping[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list]:
+    """Times in ms by name. Every round times each call once, in turn, so that whatever else the
+    machine does falls on all of them."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times_ms[name].append((time.perf_counter() - start) * 1e3)
+    return times_ms
+
+
+def ratios(times_ms: list[float], others_ms: list[float]) -> list[float]:
+    """Quartiles of the rounds' own ratios."""
+    return quartiles([a / b for a, b in zip(times_ms, others_ms, strict=True)])
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    versions = {}
+    for package in ("torch", "transformers", "adapters"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "machine": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", type=Path, help="append one line of results to this file")
+    options.add_argument("--rounds", type=int, default=rounds)
+    options.add_argument("--threads", type=int, default=2)
+    return options
+
+
+def append(path: Path | None, record: Mapping[str, Any]) -> None:
+    """Add a record to a file with one JSON object a line."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,102 @@
+"""Blocks: the nesting table, parsing, equality, plain data; and what they are lowered to."""
+
+import pytest
+
+from fastfusion.composition import AdapterCompositionBlock, Fuse, Stack, parse_composition
+from fastfusion.lowering import Branch, Stage, lower
+
+ACCEPTED = [
+    Stack("a"),
+    Stack("a", "b"),
+    Fuse("a", "b"),
+    Stack("a", Fuse("b", "c")),
+    Stack(Fuse("b", "c"), "a", Fuse("a", "b")),
+    Fuse(Stack("a", "b"), "c"),
+    Stack("a", Fuse("b", Stack("c", "d"))),
+    Fuse("a", "b", name="named"),
+]
+
+
+@pytest.mark.parametrize("block", ACCEPTED, ids=repr)
+def test_accepted(block):
+    assert parse_composition(block) is block
+    assert AdapterCompositionBlock.from_dict(block.to_dict()) == block
+    assert eval(repr(block), {"Stack": Stack, "Fuse": Fuse}) == block
+    assert hash(block) == hash(AdapterCompositionBlock.from_dict(block.to_dict()))
+
+
+def test_what_parsing_takes():
+    assert parse_composition("a") == Stack("a")
+    assert parse_composition(None) is None and parse_composition([]) is None
+    with pytest.warns(FutureWarning, match="lists"):
+        assert parse_composition(["a", ["b", "c"]]) == Stack("a", Fuse("b", "c"))
+    with pytest.warns(FutureWarning):
+        assert parse_composition(["a", ["b", ["c", "d"]]]) == Stack(
+            "a", Fuse("b", Stack("c", "d"))
+        )
+    with pytest.warns(FutureWarning):
+        assert parse_composition(("a", Fuse("b", "c"))) == Stack("a", Fuse("b", "c"))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Fuse(), "none"),
+        (lambda: Fuse(Fuse("a", "b"), "c"), "Fuse: expected children of type str, Stack"),
+        (lambda: Stack(Stack("a"), "b"), "Stack: expected children of type str, Fuse"),
+        (lambda: Stack("a", 3), "int"),
+        (lambda: Stack("a", ""), "empty"),
+        (lambda: parse_composition(Fuse(Stack("a", Fuse("b", "c")), "d")), "names only"),
+        (lambda: parse_composition(7), "setup"),
+        (lambda: AdapterCompositionBlock.from_dict({"type": "Maze", "children": []}), "Maze"),
+    ],
+)
+def test_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_equality():
+    """adapters 1.3.0 takes Stack("a") for Stack("a", "b"), and names for nothing."""
+    assert Stack("a") != Stack("a", "b") and Stack("a", "b") != Stack("b", "a")
+    assert Stack("a", "b") != Fuse("a", "b")
+    assert Fuse("a", "b") != Fuse("a", "b", name="x")
+    assert Fuse("a", Stack("b", "c")) == Fuse("a", Stack("b", "c"))
+
+
+def test_walking():
+    block = Stack("a", Fuse(Stack("b", "c"), "d"), "e")
+    assert block.first() == "a" and block.last() == "e" and len(block) == 3
+    assert block[1].first() == "b" and block[1].last() == "d"
+    assert block.flatten() == set("abcde")
+    assert block[1].name == "c,d" and Fuse("a", name="n").name == "n"
+
+
+def everywhere(_):
+    return True
+
+
+def test_lowering():
+    stages = lower(Stack("a", Fuse("b", Stack("c", "d")), "e"), everywhere)
+    assert stages == (
+        Stage((Branch("a"),)),
+        Stage((Branch("b"), Branch("d", before=("c",))), fusion="b,d"),
+        Stage((Branch("e"),)),
+    )
+    assert lower(Fuse("a", "b", name="n"), everywhere) == (
+        Stage((Branch("a"), Branch("b")), fusion="n"),
+    )
+    assert lower(None, everywhere) == ()
+
+
+def test_lowering_leaves_out_what_is_absent():
+    present = {"a", "c", "d"}.__contains__
+    assert lower(Stack("a", "b"), present) == (Stage.single("a"),)
+    assert lower(Fuse("a", "b", "c"), present) == (
+        Stage((Branch("a"), Branch("c")), fusion="a,b,c"),
+    )
+    # a child Stack whose last adapter is absent ends with the one before it
+    assert lower(Fuse(Stack("a", "b"), Stack("d", "c")), present) == (
+        Stage((Branch("a", before=()), Branch("c", before=("d",))), fusion="b,c"),
+    )
+    assert lower(Stack("b", Fuse("b", Stack("e"))), present) == ()
