@@ -61,7 +61,8 @@ def peer(bare: nn.Module, model: nn.Module) -> nn.Module:
         other.add_adapter(name, config="seq_bn")
     other.add_adapter_fusion(names)
     other.set_active_adapters(PeerFuse(*names))
-    other.load_state_dict(model.state_dict())
+    # adapters lists the word embeddings a second time, under prompt_tuning
+    other.load_state_dict(model.state_dict(), strict=False)
     return other.eval()
 
 
