@@ -317,7 +317,9 @@ def _fake_packed(like: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
 
 
 _LIBRARY.impl("adapter_fusion_packed", _adapter_fusion_packed, "CompositeExplicitAutograd")
-_LIBRARY.impl("adapter_fusion_norm_packed", _adapter_fusion_norm_packed, "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "adapter_fusion_norm_packed", _adapter_fusion_norm_packed, "CompositeExplicitAutograd"
+)
 
 
 @torch.library.register_fake("fastfusion::adapter_fusion_packed", lib=_LIBRARY)

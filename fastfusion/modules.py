@@ -196,8 +196,8 @@ class AdapterFusion(nn.Module):
     def settle_temperature(self) -> None:
         """Take the step down that is due, between 50 and 1.
 
-        At the next forward, not at the end of the last: gradient checkpointing computes the last one
-        again in its backward. In a new tensor: a recorded forward may still hold the old one.
+        At the next forward, not at the end of the last: gradient checkpointing computes the last
+        one again in its backward. In a new tensor: a recorded forward may still hold the old one.
         """
         if self._step_is_due:
             step = self.INITIAL_TEMPERATURE / 1000.0

@@ -700,11 +700,18 @@ class _ReadHead(NamedTuple):
                 model.config.id2label = {i: label for label, i in self.label2id.items()}
             model.load_state_dict(self.tensors, strict=False)
             return None
+        name = self.head.name
+        if name in model.heads and model.heads[name].config == self.head.config:
+            # in place: an optimizer may hold the head's parameters
+            model.heads[name].load_state_dict(self.tensors, strict=False)
+            if set_active:
+                model.active_head = name
+            return name
         self.head.load_state_dict(self.tensors, strict=False)
-        if self.head.name in model.heads:
-            logger.info("head %r is replaced", self.head.name)
+        if name in model.heads:
+            logger.info("head %r is replaced", name)
         model.add_prediction_head(self.head, overwrite_ok=True, set_active=set_active)
-        return self.head.name
+        return name
 
 
 def _read_head_of_adapter(

@@ -1,4 +1,4 @@
-"""Run where `adapters` is installed: training steps of both libraries under one seed, side by side."""
+"""Run where `adapters` is installed: training steps of both libraries under one seed."""
 
 import copy
 
@@ -82,9 +82,7 @@ def main():
                     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
                     for name, weight in weights.items():
                         # fp32 gradients of four steps, summed up with momentum
-                        torch.testing.assert_close(
-                            weight, peer_weights[name], rtol=1e-4, atol=1e-5
-                        )
+                        torch.testing.assert_close(weight, peer_weights[name], rtol=1e-4, atol=1e-5)
     print("equal")
 
 

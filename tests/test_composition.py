@@ -31,9 +31,7 @@ def test_what_parsing_takes():
     with pytest.warns(FutureWarning, match="lists"):
         assert parse_composition(["a", ["b", "c"]]) == Stack("a", Fuse("b", "c"))
     with pytest.warns(FutureWarning):
-        assert parse_composition(["a", ["b", ["c", "d"]]]) == Stack(
-            "a", Fuse("b", Stack("c", "d"))
-        )
+        assert parse_composition(["a", ["b", ["c", "d"]]]) == Stack("a", Fuse("b", Stack("c", "d")))
     with pytest.warns(FutureWarning):
         assert parse_composition(("a", Fuse("b", "c"))) == Stack("a", Fuse("b", "c"))
 

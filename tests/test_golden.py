@@ -18,7 +18,7 @@ from fastfusion.ops import adapter_fusion
 from fastfusion.ops.activations import activation_code
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton's interpreter runs in a process of its own; there the other backends have been tested already
+# Triton's interpreter runs in a process of its own, after the one that tests the other backends
 BACKENDS = ("triton",) if INTERPRETED else ("reference", "torch", "cpp", None)
 TOLERANCE = 1e-5  # the golden files' own: adapters reloads them with difference 0
 
@@ -57,7 +57,7 @@ def test_case(case: Case, backend: str | None):
 
 
 def test_no_case_is_left_out():
-    """79 cases of the eight groups are names, Stack and Fuse; a filter that hides some shows here."""
+    """79 cases of the eight groups are names, Stack and Fuse: a filter that hides some shows."""
     counts = {group: 0 for group in golden_cases.GROUPS}
     for case in golden_cases.cases():
         counts[case.group] += 1
@@ -84,9 +84,7 @@ def op_tensors() -> dict[str, torch.Tensor]:
 def parts(op_id: str, kind: str) -> dict[str, torch.Tensor]:
     prefix = f"{op_id}/{kind}/"
     return {
-        k.removeprefix(prefix): v.clone()
-        for k, v in op_tensors().items()
-        if k.startswith(prefix)
+        k.removeprefix(prefix): v.clone() for k, v in op_tensors().items() if k.startswith(prefix)
     }
 
 
@@ -127,7 +125,6 @@ def test_isolated_adapter(op, backend):
     layer_norm = None
     if op["layer_norm"]:
         norm = leaves["ln_weight"].detach(), leaves["ln_bias"].detach()
-
 
         def layer_norm(x):
             return F.layer_norm(x, x.shape[-1:], *norm)

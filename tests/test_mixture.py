@@ -179,7 +179,9 @@ SETUPS = [
 @pytest.mark.parametrize("setup", SETUPS, ids=repr)
 @pytest.mark.parametrize("overrides", [{}, {"original_ln_before": False}, {"ln_before": True}])
 def test_nesting(form, setup, overrides):
-    check(make_layer([overrides, {**overrides, "reduction_factor": 5}, overrides], "dynamic", setup))
+    check(
+        make_layer([overrides, {**overrides, "reduction_factor": 5}, overrides], "dynamic", setup)
+    )
 
 
 def test_absent_adapters_are_left_out(form):

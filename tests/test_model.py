@@ -100,7 +100,7 @@ def test_flexible_models(architecture, ids):
 
 
 def test_saved_and_loaded_by_transformers(tmp_path, ids):
-    """save_pretrained writes the whole model; adapters, fusions and heads come back from config.json."""
+    """save_pretrained writes the whole model; what it carries comes back from config.json."""
     model = AutoAdapterModel.from_config(tiny.CONFIGS["bert"])
     model.add_adapter("n", "seq_bn[ln_before=True]")
     fuse = tiny.add_fusion(model)
@@ -115,7 +115,7 @@ def test_saved_and_loaded_by_transformers(tmp_path, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(model, ids, dtype):
-    """Error against the fp64 truth: no larger than that of the literal formulas in the same dtype."""
+    """Error against the fp64 truth: no larger than that of the literal formulas in this dtype."""
     truth = copy.deepcopy(model).double()
     truth.set_backend("reference")
     truth = run(truth, ids)
@@ -204,7 +204,7 @@ def test_unused_parameters_get_zeros(model, ids):
 
 
 def test_temperature(model, ids):
-    """One step down for each training step; evaluation leaves it; `peer_temperature` decays always."""
+    """One step down for each training step; with `peer_temperature` for each forward."""
     for config, expected in (
         ({"temperature": True}, 49.9),
         ({"temperature": True, "peer_temperature": True}, 49.75),
@@ -316,7 +316,9 @@ def test_training_modes(model):
 def test_summary(model):
     rows = model.adapter_summary(as_dict=True)
     assert [row["name"] for row in rows] == ["a", "b", "c", "Full model"]
-    per_adapter = sum(p.numel() for _, m in model.model_adapters.modules("a") for p in m.parameters())
+    per_adapter = sum(
+        p.numel() for _, m in model.model_adapters.modules("a") for p in m.parameters()
+    )
     assert rows[0]["#param"] == per_adapter and rows[0]["active"]
     table = model.adapter_summary()
     assert "Full model" in table and f"{per_adapter:,}" in table
@@ -485,9 +487,7 @@ def test_compile(mode, ids):
     for name, parameter in other.named_parameters():
         assert (parameter.grad is None) == (expected[name].grad is None), name
         if parameter.grad is not None:
-            torch.testing.assert_close(
-                parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5
-            )
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
     for m in (model, other):
         _, fusion = next(m.model_adapters.fusion_modules(fuse.name))
         fusion.settle_temperature()

@@ -223,7 +223,7 @@ def test_half_precision_packs_stay_in_range():
     expected = output(copy.deepcopy(model).double(), ids, "reference").float()
     actual = output(model.half(), ids).float()
     assert actual.isfinite().all()
-    # attention is saturated here, so half precision decides close calls another way: most rows agree
+    # attention is saturated, so half precision decides close calls another way: most rows agree
     assert ((actual - expected).abs().amax(-1) < 0.05).float().mean() > 0.8
 
 

@@ -12,7 +12,7 @@ PEER = os.environ.get("FASTFUSION_PEER_PYTHON")
 @pytest.mark.peer
 @pytest.mark.skipif(PEER is None, reason="FASTFUSION_PEER_PYTHON is not set")
 def test_training_steps_equal_those_of_adapters():
-    """Under one seed, dropout included: losses and weights of four steps, every mode and both forms."""
+    """Under one seed, dropout included: losses and weights of four steps, in both forms."""
     script = Path(__file__).with_name("peer_training.py")
     done = subprocess.run([PEER, "-P", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -9,9 +9,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fastfusion.kernels.triton import adapter_fusion as module  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from fastfusion.kernels.triton import adapter_fusion as module  # noqa: E402
 
 KERNEL = module._adapter_fusion_fwd_kernel
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

@@ -2,8 +2,14 @@
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DistilBertConfig, ElectraConfig, RobertaConfig
-from transformers import XLMRobertaConfig
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 import fastfusion
 from fastfusion.composition import Fuse

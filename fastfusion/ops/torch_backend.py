@@ -21,7 +21,7 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def _spread(p: Tensor, sizes: Sequence[int]) -> Tensor:
     """[T, N] -> [T, D]: every adapter's value repeated over its columns."""
     if len(set(sizes)) == 1:
-        return p.unsqueeze(-1).expand(-1, -1, sizes[0]).reshape(p.shape[0], -1)
+        return p.unsqueeze(-1).expand(-1, -1, sizes[0]).reshape(p.shape[0], sum(sizes))
     return torch.cat([p[:, i : i + 1].expand(-1, d) for i, d in enumerate(sizes)], dim=-1)
 
 
@@ -155,13 +155,12 @@ def adapter_fusion_backward(
     dx = empty
     if needs_x:
         if shared:
-            dx = dpre @ w_down
-            if dy is not None and query is None:
-                dx = dx + dy @ w_score[:used]
-            dx = dx.unsqueeze(0)
+            dx = (dpre @ w_down).unsqueeze(0)
         else:
             parts = zip(dpre.split(list(sizes), -1), w_down.split(list(sizes)), strict=True)
             dx = torch.stack([g @ w for g, w in parts])
+        if dy is not None and query is None:
+            dx[0] += dy @ w_score[:used]
     if needs_down:
         if shared:
             dw_down = dpre.t() @ x[0]
