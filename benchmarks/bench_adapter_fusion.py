@@ -9,17 +9,10 @@ them. Every round times each provider once, in turn, so that whatever else the m
 all of them; medians and quartiles are over the rounds. Ratios are medians of the rounds' ratios.
 """
 
-import argparse
-import datetime
 import functools
-import json
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from pathlib import Path
 
+import measure
 import pytest
 import torch
 
@@ -148,11 +141,6 @@ def providers(mode: str) -> tuple[str, ...]:
     return PROVIDERS if mode == "forward" else PROVIDERS[1:]
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median and upper quartile."""
-    return [round(value, 4) for value in statistics.quantiles(values, n=4)]
-
-
 def compare(adapters: int, mode: str, rounds: int) -> dict[str, dict]:
     """Interleaved rounds over all providers: times, ratios and the distance of their outputs."""
     calls = {provider: setup(adapters, provider, mode) for provider in providers(mode)}
@@ -164,52 +152,20 @@ def compare(adapters: int, mode: str, rounds: int) -> dict[str, dict]:
         if provider != "products":
             error = (call().double() - truth).norm() / truth.norm()
             results[provider]["relative_error"] = float(f"{error:.2e}")
-    times_ms: dict[str, list[float]] = {provider: [] for provider in calls}
-    for _ in range(rounds):
-        for provider, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times_ms[provider].append((time.perf_counter() - start) * 1e3)
+    times_ms = measure.interleaved(calls, rounds, warmup=1)
     for provider, own in times_ms.items():
-        results[provider]["ms"] = quartiles(own)
+        results[provider]["ms"] = measure.quartiles(own)
         for other in ("products", "reference"):
             if other in times_ms:
-                ratios = [a / b for a, b in zip(own, times_ms[other], strict=True)]
-                results[provider][f"over_{other}"] = quartiles(ratios)
+                results[provider][f"over_{other}"] = measure.ratios(own, times_ms[other])
     return results
 
 
 def growth(rounds: int) -> list[float]:
     """Time at N=16 over time at N=8, of the C++ backend."""
-    calls = [setup(adapters, "cpp", "forward") for adapters in (8, 16)]
-    ratios = []
-    for _ in range(rounds + 1):
-        times = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        ratios.append(times[1] / times[0])
-    return quartiles(ratios[1:])
-
-
-def environment() -> dict[str, str | int]:
-    """What a figure depends on beside the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "machine": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    calls = {str(adapters): setup(adapters, "cpp", "forward") for adapters in (8, 16)}
+    times_ms = measure.interleaved(calls, rounds)
+    return measure.ratios(times_ms["16"], times_ms["8"])
 
 
 def show(adapters: int, mode: str, results: dict[str, dict]) -> None:
@@ -227,13 +183,9 @@ def show(adapters: int, mode: str, results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="append one line of results to this file")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = measure.parser(__doc__.splitlines()[0], rounds=25).parse_args()
     torch.set_num_threads(arguments.threads)
-    record = {**environment(), "rounds": arguments.rounds, "results": {}}
+    record = {**measure.environment(), "rounds": arguments.rounds, "results": {}}
     for mode in MODES:
         for adapters in ADAPTERS:
             results = compare(adapters, mode, arguments.rounds)
@@ -241,10 +193,7 @@ def main() -> None:
             record["results"][f"N={adapters} {mode}"] = results
     record["growth_8_to_16"] = growth(arguments.rounds)
     print(f"\ncpp, N=16 over N=8: {record['growth_8_to_16'][1]:.2f}x")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    measure.append(arguments.json, record)
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)

@@ -76,7 +76,7 @@ def forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
     """One step of the fusion alone; the loss stands in for a head's."""
-    fuse = PeerFuse if type(model).__module__.startswith("adapters") else Fuse
+    fuse = Fuse if hasattr(model, "model_adapters") else PeerFuse
     model.train_adapter_fusion(fuse(*model.adapters_config.adapters))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)

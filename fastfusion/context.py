@@ -20,7 +20,8 @@ class AdapterSetup:
 
     Args:
         adapter_setup: as for `set_active_adapters`; None runs the model without adapters.
-        head_setup: the head to use; None leaves the choice as it is.
+        head_setup: the head to use; None: that of the setup's last adapter where there is one, as
+            `set_active_adapters` chooses it.
 
     Raises:
         ValueError: at the call of the model, for a name that the model does not have.
@@ -29,20 +30,26 @@ class AdapterSetup:
     def __init__(self, adapter_setup: Setup | None, head_setup: str | None = None):
         self.adapter_setup: AdapterCompositionBlock | None = parse_composition(adapter_setup)
         self.head_setup = head_setup
-        self._outer: list[AdapterSetup | None] = []
 
     def __enter__(self) -> "AdapterSetup":
-        self._outer.append(self.get_context())
-        _local.setup = self
+        # the thread's own list: one object may be entered in several threads at once
+        _local.setups = [*getattr(_local, "setups", ()), self]
         return self
 
     def __exit__(self, *_: Any) -> None:
-        _local.setup = self._outer.pop()
+        _local.setups = _local.setups[:-1]
 
     @staticmethod
     def get_context() -> "AdapterSetup | None":
         """The innermost block that this thread is in."""
-        return getattr(_local, "setup", None)
+        setups = getattr(_local, "setups", None)
+        return setups[-1] if setups else None
+
+    @classmethod
+    def get_context_adapter_setup(cls) -> AdapterCompositionBlock | None:
+        """The setup of this thread's innermost block."""
+        context = cls.get_context()
+        return None if context is None else context.adapter_setup
 
     @classmethod
     def get_context_head_setup(cls) -> str | None:

@@ -4,6 +4,7 @@ The classes are made from the architecture table when they are first asked for, 
 fastfusion imports no model code of transformers.
 """
 
+import copy
 import functools
 import os
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import ModelOutput
 
+from .composition import AdapterCompositionBlock, Stack
 from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup
 from .heads import FlexibleHeadsMixin
@@ -26,16 +28,18 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
     _base_class: type
 
     def __init__(self, config: PretrainedConfig):
-        super().__init__(config)
+        # what the model carries is written into it
+        super().__init__(copy.deepcopy(config))
+        config = self.config
         setattr(self, self.base_model_prefix, self._base_class(config))
         init(self)
+        self.post_init()
         carried = ModelAdaptersConfig.from_dict(getattr(config, "adapters", None) or {})
         for name, adapter_config in carried.adapters.items():
             self.add_adapter(name, adapter_config)
         for name, fusion_config in carried.fusions.items():
             self.add_adapter_fusion(carried.fusion_names[name], fusion_config, name=name)
         self.init_heads()
-        self.post_init()
 
     def forward(
         self,
@@ -74,7 +78,7 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if return_dict is None:
             return_dict = self.config.return_dict
-        head = head or AdapterSetup.get_context_head_setup()
+        head = head or self._context_head()
         arguments = {} if labels is None else {"labels": labels}
 
         def run(**kwargs: Any) -> ModelOutput | tuple:
@@ -92,17 +96,49 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
         return self._forward_with_adapters(run, (), kwargs)
 
-    def _activate_head_of(self, adapter_name: str) -> None:
-        if adapter_name in self.heads:
-            self.active_head = adapter_name
+    def _context_head(self) -> str | None:
+        """The head that an `AdapterSetup` asks for, or that its setup brings along."""
+        named = AdapterSetup.get_context_head_setup()
+        last = _last_name(AdapterSetup.get_context_adapter_setup())
+        return named or (last if last in self.heads else None)
+
+    def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
+        super().set_active_adapters(adapter_setup, skip_layers)
+        last = _last_name(self.active_adapters)
+        if last in self.heads:
+            self.active_head = last
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads."""
         self.config.adapters = self.adapters_config.to_dict()
-        state = kwargs.pop("state_dict", None) or self.state_dict()
-        # ln_before adapters hold their norm under two names; transformers wants no shared tensors
-        state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
-        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        # our own key, which adapters ignores: one value, the fusion's modules cool down together
+        self.config.adapters["fusion_temperatures"] = temperatures = {}
+        for name in self.adapters_config.fusions:
+            for _, fusion in self.model_adapters.fusion_modules(name):
+                if fusion.temperature is not None:
+                    fusion.settle_temperature()
+                    temperatures[name] = fusion.temperature.item()
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, with the fusions' temperatures."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        temperatures = (getattr(model.config, "adapters", None) or {}).get(
+            "fusion_temperatures", {}
+        )
+        # no parameters, so transformers leaves them as its empty model had them
+        for name in model.adapters_config.fusions:
+            for _, fusion in model.model_adapters.fusion_modules(name):
+                fusion.reset_temperature(temperatures.get(name))
+        return loaded
+
+
+def _last_name(setup: AdapterCompositionBlock | None) -> str | None:
+    """The adapter that ends a Stack: a head of its name becomes the active one."""
+    last = setup.children[-1] if isinstance(setup, Stack) else None
+    return last if isinstance(last, str) else None
 
 
 @functools.cache
@@ -149,13 +185,11 @@ class AutoAdapterModel:
         Raises:
             ValueError: an architecture that is not supported.
         """
-        config = kwargs.pop("config", None)
+        config = kwargs.get("config")
         if config is None:
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         model_class = adapter_model_class(config.model_type)
-        return model_class.from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, **kwargs
-        )
+        return model_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> torch.nn.Module:

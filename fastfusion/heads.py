@@ -37,10 +37,14 @@ class _Activation(nn.Module):
         return repr(self.name)
 
 
+_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout")
+"""Where a model's configuration has a head's dropout: that of classifiers, then of hidden states;
+the second name of each is DistilBERT's."""
+
+
 def _dropout_prob(own: float | None, model_config: Any) -> float:
     """The head's own probability, or the model's for classifiers, or for hidden states, or 0."""
-    keys = ("classifier_dropout", "hidden_dropout_prob")
-    inherited = (getattr(model_config, key, None) for key in keys)
+    inherited = (getattr(model_config, key, None) for key in _DROPOUTS)
     return next((p for p in (own, *inherited) if p is not None), 0.0)
 
 
@@ -96,7 +100,8 @@ class ClassificationHead(PredictionHead):
         id2label: number -> label; by default LABEL_0, LABEL_1, ...
         use_pooler: read the model's pooled output in place of the first token.
         bias: whether the last layer has a bias.
-        dropout_prob: by default the model's `classifier_dropout`, then `hidden_dropout_prob`.
+        dropout_prob: by default the model's for classifiers (`classifier_dropout`), then for hidden
+            states (`hidden_dropout_prob`), under the names of its configuration.
 
     Raises:
         ValueError: a value is not valid.

@@ -1,5 +1,6 @@
 """One place of a model's layer where adapters may sit: from its plan to calls of the mixtures."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,9 @@ from .lowering import Stage, lower
 from .mixture import Mixture
 from .modules import Adapter, AdapterFusion, NamedModules, parameters_by_name
 from .packing import PackCache
+
+_KEPT_PLANS = 8
+"""Plans of `AdapterSetup` contexts that a place keeps, with their packed weights."""
 
 
 class PlaceSettings(Protocol):
@@ -49,30 +53,55 @@ class AdapterLayer:
         self.adapters = NamedModules(self.packs.drop)
         self.adapter_fusion_layer = NamedModules(self.packs.drop)
         self.steps: list[Step] = []
+        self._plans: dict[AdapterCompositionBlock | None, list[Step]] = {}
 
-    def update_plan(self) -> None:
-        """Lower the model's active setup again: after a change of it, or of the place's modules."""
-        self.packs.clear()
-        self.steps = self._lower(self.settings.config.active_setup)
+    def lower(
+        self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int]
+    ) -> list[Step]:
+        """What a setup is at this place, with the modules that it names.
 
-    def _lower(self, setup: AdapterCompositionBlock | None) -> list[Step]:
-        if self.layer_idx in self.settings.config.skip_layers:
+        Raises:
+            ValueError: a Fuse of the setup has no fusion layer here.
+        """
+        if self.layer_idx in skip_layers:
             return []
         return [self._step(stage) for stage in lower(setup, self.adapters.__contains__)]
 
+    def activate(self, steps: list[Step]) -> None:
+        """Run these steps from now on; plans of other setups are forgotten."""
+        self.steps = steps
+        self._plans = {}
+
+    def _current_steps(self) -> list[Step]:
+        context = AdapterSetup.get_context()
+        if context is None:
+            return self.steps
+        setup = context.adapter_setup
+        steps = self._plans.get(setup)
+        if steps is None:
+            steps = self.lower(setup, self.settings.config.skip_layers)
+            if len(self._plans) >= _KEPT_PLANS:
+                # the oldest goes, and its packs with it
+                self._plans.pop(next(iter(self._plans)), None)
+            self._plans[setup] = steps
+        return steps
+
     def _step(self, stage: Stage) -> Step:
         adapters = [self.adapters[branch.adapter] for branch in stage.branches]
-        fusion = None if stage.fusion is None else self.adapter_fusion_layer[stage.fusion]
+        fusion = None
+        if stage.fusion is not None:
+            if stage.fusion not in self.adapter_fusion_layer:
+                raise ValueError(
+                    f"setup: fusion {stage.fusion!r} has no weights at {self.location} of layer "
+                    f"{self.layer_idx}, where adapters of its Fuse are present"
+                )
+            fusion = self.adapter_fusion_layer[stage.fusion]
         mixture = Mixture(adapters, fusion, self.packs, self.settings)
         before = [
             None if branch.before is None else [self._step(Stage.single(n)) for n in branch.before]
             for branch in stage.branches
         ]
         return Step(stage, mixture, before)
-
-    def _current_steps(self) -> list[Step]:
-        context = AdapterSetup.get_context()
-        return self.steps if context is None else self._lower(context.adapter_setup)
 
     def forward(self, hidden: Tensor, input: Tensor, layer_norm: nn.Module | None) -> Tensor:
         """The state behind the sub-layer: residual, LayerNorm and the active adapters.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import absorb
 from .modules import Adapter, AdapterFusion
 from .ops import PackedWeights, adapter_fusion, adapter_fusion_norm
-from .packing import Pack, PackCache, autocast_off
+from .packing import Pack, PackCache, autocast_off, rescaled, scaled
 
 if TYPE_CHECKING:
     from .layer import PlaceSettings
@@ -106,6 +106,8 @@ class Mixture:
             layer_norm: the model's.
         """
         if not self._shape_takes_norm or type(layer_norm) is not nn.LayerNorm:
+            return False
+        if layer_norm._forward_hooks or layer_norm._forward_pre_hooks or layer_norm._backward_hooks:
             return False
         weight, bias = layer_norm.weight, layer_norm.bias
         if weight is None or bias is None or weight.dtype != hidden.dtype:
@@ -226,14 +228,20 @@ class Mixture:
             return self.packed(absorbed, like).weights(tensors, temperature)
         self._packs.drop()
         _check_like(tensors, like)
+        parameters = self._parameters()
         with autocast_off(like):
-            weights = absorb.pack(self._parameters(), absorbed)
+            if like.dtype == torch.float16:
+                # products of three matrices leave its range: see packing.rescaled
+                parameters = parameters.with_tensors([t.float() for t in parameters.tensors()])
+                weights = rescaled(absorb.pack(parameters, absorbed))
+            else:
+                weights = absorb.pack(parameters, absorbed)
         cast = [t if t is None else t.to(like.dtype) for t in weights[:5]]
-        return PackedWeights(*cast, temperature, *weights[6:])
+        return PackedWeights(*cast, scaled(temperature, weights.temperature), *weights[6:])
 
     def packed(self, absorbed: bool, like: Tensor) -> Pack:
         """The cached weights of a form, for rows of the dtype of `like`."""
-        return self._packs.pack((self, absorbed, like.dtype), self._make_pack, absorbed, like)
+        return self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
 
     def _make_pack(self, absorbed: bool, like: Tensor) -> Pack:
         _check_like(self._tensors(), like)

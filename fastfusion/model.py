@@ -1,6 +1,7 @@
 """What a user calls on a model: `init`, `restore`, and the methods that a patched model has."""
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -9,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, serialization
-from .composition import AdapterCompositionBlock, Fuse, Setup, Stack, parse_composition
-from .configuration import AdapterConfig, AdapterFusionConfig, ModelAdaptersConfig
+from .composition import AdapterCompositionBlock, Fuse, Setup, parse_composition
+from .configuration import (
+    LOCATIONS,
+    AdapterConfig,
+    AdapterFusionConfig,
+    BnConfig,
+    ModelAdaptersConfig,
+)
 from .context import AdapterSetup, ForwardContext
 from .layer import AdapterLayer
 from .modules import Adapter, AdapterFusion, check_module_name
@@ -42,10 +49,19 @@ class ModelAdapters:
     def _make_layer(self, place: Place) -> AdapterLayer:
         return AdapterLayer(self, place.layer_idx, place.location)
 
+    def activate(
+        self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
+    ) -> None:
+        """Lower a setup at every place and, if that goes well, make it the active one."""
+        plans = [layer.lower(setup, skip_layers) for layer in self.layers]
+        for layer, steps in zip(self.layers, plans, strict=True):
+            layer.activate(steps)
+        self.config.active_setup = setup
+        self.config.skip_layers = list(skip_layers)
+
     def update_plans(self) -> None:
-        """Lower the active setup again at every place."""
-        for layer in self.layers:
-            layer.update_plan()
+        """Lower the active setup again: after a change of modules."""
+        self.activate(self.config.active_setup, self.config.skip_layers)
 
     def modules(self, name: str) -> Iterator[tuple[AdapterLayer, Adapter]]:
         """An adapter's modules, place by place."""
@@ -138,14 +154,12 @@ class ModelAdaptersMixin:
         """
         setup = parse_composition(adapter_setup)
         self.model_adapters.check_setup(setup)
-        self.adapters_config.active_setup = setup
-        self.adapters_config.skip_layers = list(skip_layers or [])
-        self.model_adapters.update_plans()
-        if setup is not None and isinstance(setup.children[-1], str) and isinstance(setup, Stack):
-            self._activate_head_of(setup.children[-1])
-
-    def _activate_head_of(self, adapter_name: str) -> None:
-        """Models with flexible heads run the head of the adapter's name where there is one."""
+        skip_layers = () if skip_layers is None else skip_layers
+        if not isinstance(skip_layers, Iterable) or not all(
+            isinstance(i, int) for i in skip_layers
+        ):
+            raise ValueError(f"skip_layers: expected a list of layer numbers; got {skip_layers!r}")
+        self.model_adapters.activate(setup, list(skip_layers))
 
     # -- adding and deleting --------------------------------------------------------------------
 
@@ -177,15 +191,15 @@ class ModelAdaptersMixin:
                 f"adapter_name: an adapter {adapter_name!r} exists; pass overwrite_ok=True to "
                 "replace it"
             )
+        for fusion_name, names in self.adapters_config.fusion_names.items():
+            if adapter_name in names:
+                self._check_locations(names, {adapter_name: config}, f"config (in {fusion_name!r})")
         hidden_size = self.config.hidden_size
-        new = [
-            (
-                layer,
-                Adapter(config, hidden_size, config.bottleneck_size(hidden_size, layer.layer_idx)),
-            )
-            for layer in self.model_adapters.layers
-            if config.match(layer.layer_idx, layer.location)
-        ]
+        new = []
+        for layer in self.model_adapters.layers:
+            if config.match(layer.layer_idx, layer.location):
+                size = config.bottleneck_size(hidden_size, layer.layer_idx)
+                new.append((layer, Adapter(config, hidden_size, size)))
         # modules of the old adapter may lie where the new one has none
         for layer, _ in list(self.model_adapters.modules(adapter_name)):
             del layer.adapters[adapter_name]
@@ -205,7 +219,8 @@ class ModelAdaptersMixin:
 
         Args:
             adapter_name: its name.
-            force: remove it although the active setup runs it; nothing is active afterwards.
+            force: remove it although the active setup or a fusion needs it: then nothing is active
+                afterwards, and the fusions over it go too.
 
         Raises:
             ValueError: there is no such adapter, or the active setup or a fusion needs it.
@@ -220,6 +235,16 @@ class ModelAdaptersMixin:
                     "deactivate it first or pass force=True"
                 )
             self.set_active_adapters(None)
+        fusions = [
+            f for f, names in self.adapters_config.fusion_names.items() if adapter_name in names
+        ]
+        if fusions and not force:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is fused by {fusions}; delete these fusions first "
+                "or pass force=True"
+            )
+        for fusion in fusions:
+            self.delete_adapter_fusion(fusion, force=True)
         for layer, _ in list(self.model_adapters.modules(adapter_name)):
             del layer.adapters[adapter_name]
         del self.adapters_config.adapters[adapter_name]
@@ -256,21 +281,15 @@ class ModelAdaptersMixin:
             raise ValueError(
                 f"name: a fusion {name!r} exists; pass overwrite_ok=True to replace it"
             )
-        configs = [self.adapters_config.adapters[n] for n in names]
-        for location in ("mh_adapter", "output_adapter", "cross_adapter"):
-            flags = [bool(c[location]) for c in configs]
-            if len(set(flags)) > 1:
-                raise ValueError(
-                    f"adapter_names: expected adapters at the same locations; {location} is "
-                    f"{dict(zip(names, flags, strict=True))}"
-                )
+        self._check_locations(names, {}, "adapter_names")
+        first = self.adapters_config.adapters[names[0]]
         dropout = self.model_adapters.attention_dropout
         hidden_size = self.config.hidden_size
         for layer in self.model_adapters.layers:
             if name in layer.adapter_fusion_layer:
                 del layer.adapter_fusion_layer[name]
             # as adapters does: in layers too that an adapter leaves out
-            if configs[0][layer.location]:
+            if first[layer.location]:
                 fusion = AdapterFusion(config, hidden_size, dropout)
                 layer.adapter_fusion_layer[name] = self._placed(fusion)
         self.adapters_config.fusions[name] = config
@@ -282,6 +301,18 @@ class ModelAdaptersMixin:
             )
 
     add_fusion = add_adapter_fusion
+
+    def _check_locations(
+        self, names: Sequence[str], new: dict[str, BnConfig], argument: str
+    ) -> None:
+        """Raise a ValueError unless adapters, some with new configs, sit at the same locations."""
+        configs = {name: new.get(name) or self.adapters_config.adapters[name] for name in names}
+        for location in LOCATIONS:
+            flags = {name: bool(config[location]) for name, config in configs.items()}
+            if len(set(flags.values())) > 1:
+                raise ValueError(
+                    f"{argument}: expected adapters at the same locations; {location} is {flags}"
+                )
 
     def delete_adapter_fusion(
         self, adapter_names: Fuse | Sequence[str] | str, force: bool = False
@@ -326,13 +357,19 @@ class ModelAdaptersMixin:
             parameter.requires_grad = not freeze
         self.model_adapters.frozen = freeze
 
-    def train_adapter(self, adapter_setup: Any) -> None:
+    def train_adapter(self, adapter_setup: Any, train_embeddings: bool = False) -> None:
         """Activate a setup and train its adapters: everything else in the base model is frozen.
+
+        Args:
+            adapter_setup: as for `set_active_adapters`.
+            train_embeddings: train the word embeddings too.
 
         Raises:
             ValueError: as `set_active_adapters`.
         """
         self._train_setup(adapter_setup, adapters=True, fusions=False)
+        if train_embeddings:
+            self.get_input_embeddings().weight.requires_grad = True
 
     def train_adapter_fusion(self, adapter_setup: Any, unfreeze_adapters: bool = False) -> None:
         """Activate a setup and train its fusion: everything else in the base model is frozen.
@@ -367,6 +404,25 @@ class ModelAdaptersMixin:
             for _, module in modules:
                 module.requires_grad_(True)
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' method, never reentrant: that gives frozen models no gradients.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+
+        Raises:
+            ValueError: `use_reentrant=True` is asked for.
+        """
+        arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if arguments["use_reentrant"]:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant=False; reentrant "
+                "checkpointing gives the adapters of a frozen model no gradients"
+            )
+        super().gradient_checkpointing_enable(arguments, **kwargs)
+
     def get_fusion_regularization_loss(self) -> Tensor | None:
         """The regulariser of every trained value matrix, or None where none is trained.
 
@@ -393,6 +449,13 @@ class ModelAdaptersMixin:
     save_head = serialization.save_head
     save_all_heads = serialization.save_all_heads
     load_head = serialization.load_head
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`: the whole model with its adapters and fusions."""
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        # ln_before adapters hold their norm under two names; transformers wants no shared tensors
+        state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -483,7 +546,7 @@ class ModelAdaptersMixin:
                 if isinstance(outputs, tuple):
                     outputs = (*outputs, value)
                 else:
-                    setattr(outputs, name, value)
+                    outputs[name] = value
         return outputs
 
     def _cooling_fusions(self, context: AdapterSetup | None) -> list[AdapterFusion]:
@@ -556,6 +619,11 @@ def init(model: nn.Module, backend: str | None = None) -> None:
 def restore(model: nn.Module) -> None:
     """Undo `init`: the model as it was, without adapters, bit for bit.
 
+    The training mode stays as it is.
+
+    Args:
+        model: a model that `init` patched.
+
     Raises:
         ValueError: the model was not patched by `init`.
     """
@@ -566,14 +634,24 @@ def restore(model: nn.Module) -> None:
             f"model: {type(model).__name__} has adapters by its class; take model.base_model"
         )
     state = model.model_adapters
+    model.__class__ = type(model).__wrapped_class__
+    del model.model_adapters
     unpatch(state.done)
     for name, parameter in model.base_model.named_parameters():
-        parameter.requires_grad = state.requires_grad[name]
-    del model.model_adapters
-    model.__class__ = type(model).__wrapped_class__
+        # parameters that came after init keep what they have
+        parameter.requires_grad = state.requires_grad.get(name, parameter.requires_grad)
 
 
 def refresh(model: nn.Module) -> None:
-    """Drop the packed weights: after writes to parameters that leave no trace (`.data`)."""
+    """Drop the packed weights: after writes to parameters that leave no trace (`.data`).
+
+    Args:
+        model: a patched model.
+
+    Raises:
+        ValueError: the model carries no adapters.
+    """
+    if "model_adapters" not in getattr(model, "__dict__", {}):
+        raise ValueError("model: expected a model with adapters (see fastfusion.init)")
     for layer in model.model_adapters.layers:
         layer.packs.drop()

@@ -204,6 +204,14 @@ class AdapterFusion(nn.Module):
             self.temperature = (self.temperature - step).clamp(min=1.0)
             self._step_is_due = False
 
+    def reset_temperature(self, value: float | None = None) -> None:
+        """Start at a value, by default at 50, on the device of the parameters."""
+        if self.temperature is not None:
+            device = next(self.parameters()).device
+            start = self.INITIAL_TEMPERATURE if value is None else value
+            self.temperature = torch.tensor(start, device=device)
+            self._step_is_due = False
+
     def is_absorbable(self) -> bool:
         """Whether the absorbed form exists: not with the residual in key and value."""
         return not self.config["residual_before"]

@@ -9,6 +9,7 @@ versions). `train()`, `eval()`, `to()`, `load_state_dict()` and a recorded forwa
 through `.data` leave no trace: call `fastfusion.refresh(model)` after them.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -58,8 +59,9 @@ class Pack:
         self._build = build
         self._dtype = dtype
         self._weights: PackedWeights | None = None
-        # kept alive, so that no other tensor can get one of their ids
-        self._sources: list[Tensor] = []
+        # kept alive, so that nothing else can get one of their ids or addresses
+        self._sources: list[Any] = []
+        self._is_lent = False
         self._state: list[int] = []
 
     def weights(self, sources: list[Tensor], temperature: Tensor | None) -> PackedWeights:
@@ -76,46 +78,61 @@ class Pack:
         state.append(_optimizer_steps)
         if self._weights is None or state != self._state:
             self._weights = self._refreshed(sources)
-            self._sources, self._state = sources, state
-        factor = self._weights.temperature
-        if factor is not None:
-            temperature = factor if temperature is None else temperature * factor
-        return self._weights._replace(temperature=temperature)
+            self._sources = [*sources, *(t.untyped_storage() for t in sources)]
+            self._state, self._is_lent = state, False
+        # a recorded forward may keep the pack for its backward: the next refresh leaves it alone
+        self._is_lent |= torch.is_grad_enabled()
+        return self._weights._replace(temperature=scaled(temperature, self._weights.temperature))
 
     def _refreshed(self, sources: list[Tensor]) -> PackedWeights:
         high = sources[0].dtype in (torch.float32, torch.float64)
         precise = torch.float64 if high else torch.float32
-        with torch.no_grad(), autocast_off(sources[0]):
-            built = _in_range(self._build([t.to(precise) for t in sources]), self._dtype)
-            return _stored(built, self._dtype, into=self._weights)
+        # a pack made in inference mode could not serve a recorded forward later
+        with torch.inference_mode(False), torch.no_grad(), autocast_off(sources[0]):
+            built = self._build([t.to(precise) for t in sources])
+            if self._dtype == torch.float16:
+                _check_range(built)
+                built = rescaled(built)
+            return _stored(built, self._dtype, into=None if self._is_lent else self._weights)
 
     def drop(self) -> None:
         """Forget the parameters that the pack was made from; its memory is used again."""
         self._sources, self._state = [], []
 
 
-def _in_range(weights: PackedWeights, dtype: torch.dtype) -> PackedWeights:
-    """Scale the score weights into fp16's range: scores are linear, so the temperature pays."""
-    if dtype != torch.float16:
-        return weights
-    limit = torch.finfo(dtype).max
+def _check_range(weights: PackedWeights) -> None:
+    """Refuse by name what fp16 cannot hold, instead of infinities at run time."""
+    limit = torch.finfo(torch.float16).max
     for name, tensor in zip(("w_down", "w_out"), (weights.w_down, weights.w_out), strict=True):
         if (tensor.abs() > limit).any():
             raise OverflowError(
                 f"{name}: the product of the adapters' and the fusion's matrices reaches "
-                f"{tensor.abs().max():.3g}, beyond the range of {dtype}"
+                f"{tensor.abs().max():.3g}, beyond the range of float16"
             )
+
+
+def scaled(temperature: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """A temperature times a pack's factor; None is 1."""
+    if temperature is None or factor is None:
+        return factor if temperature is None else temperature
+    return temperature * factor
+
+
+def rescaled(weights: PackedWeights) -> PackedWeights:
+    """Bring the score weights into fp16's range: scores are linear, so the temperature pays.
+
+    Returns:
+        The weights with `temperature` a factor for the fusion's own, at most 1.
+    """
     if weights.w_score is None or weights.w_score.numel() == 0:
         return weights
     # 16 leaves room for the products with hidden states of norm 4096
-    largest = max(weights.w_score.norm(dim=-1).max().item(), weights.b_score.abs().max().item())
-    factor = min(1.0, 16.0 / largest) if largest > 0 else 1.0
-    if factor == 1.0:
-        return weights
+    norms = weights.w_score.detach().norm(dim=-1).max()
+    factor = 16.0 / torch.maximum(norms, weights.b_score.detach().abs().max()).clamp(min=16.0)
     return weights._replace(
         w_score=weights.w_score * factor,
         b_score=weights.b_score * factor,
-        temperature=torch.tensor(factor, device=weights.w_score.device),
+        temperature=factor.to(torch.float32),
     )
 
 
@@ -147,26 +164,27 @@ def _stored(built: PackedWeights, dtype: torch.dtype, into: PackedWeights | None
 
 
 class PackCache:
-    """The packs of one place; a copy of a model gets an empty one."""
+    """The packs of one place, by the mixture that they belong to; they go with it.
+
+    A copy of a model gets an empty cache.
+    """
 
     def __init__(self) -> None:
-        self._packs: dict[Any, Pack] = {}
+        self._packs: weakref.WeakKeyDictionary[Any, dict[Any, Pack]] = weakref.WeakKeyDictionary()
 
-    def pack(self, key: Any, make: Callable[..., Pack], *args: Any) -> Pack:
-        """The pack under a key, made by `make(*args)` at the first call."""
-        pack = self._packs.get(key)
+    def pack(self, owner: Any, key: Any, make: Callable[..., Pack], *args: Any) -> Pack:
+        """The owner's pack under a key, made by `make(*args)` at the first call."""
+        packs = self._packs.setdefault(owner, {})
+        pack = packs.get(key)
         if pack is None:
-            pack = self._packs[key] = make(*args)
+            pack = packs[key] = make(*args)
         return pack
 
     def drop(self) -> None:
         """Every pack is rebuilt at its next use."""
-        for pack in self._packs.values():
-            pack.drop()
-
-    def clear(self) -> None:
-        """Free the packs: after a change of the place's modules."""
-        self._packs = {}
+        for packs in list(self._packs.values()):
+            for pack in list(packs.values()):
+                pack.drop()
 
     def __deepcopy__(self, memo: dict) -> "PackCache":
         return PackCache()

@@ -229,43 +229,48 @@ def _full_config(model: nn.Module, meta_dict: Mapping[str, Any] | None, **keys: 
 
 def save_adapter(
     model: nn.Module,
-    directory: str | os.PathLike,
-    name: str,
+    save_directory: str | os.PathLike,
+    adapter_name: str,
     with_head: bool = True,
-    use_safetensors: bool = True,
     meta_dict: Mapping[str, Any] | None = None,
+    *,
+    use_safetensors: bool = True,
 ) -> None:
     """Write one adapter and, where there is one, the head that belongs to it.
 
     Args:
         model: a patched model.
-        directory: made if need be.
-        name: the adapter.
+        save_directory: made if need be.
+        adapter_name: the adapter.
         with_head: also write the head of the adapter's name, or the only head of a model whose
             class has one.
-        use_safetensors: False writes the pickle that `adapters` reads by default.
         meta_dict: further keys of the JSON file.
+        use_safetensors: False writes the pickle that `adapters` reads by default.
 
     Raises:
         ValueError: the model has no adapter of this name.
     """
-    if name not in model.adapters_config.adapters:
-        known = list(model.adapters_config.adapters)
-        raise ValueError(f"name: expected one of the model's adapters {known}; got {name!r}")
-    adapter_config = model.adapters_config.adapters[name]
-    config = _full_config(model, meta_dict, name=name, config=adapter_config.to_dict())
-    tensors = select(_state(model), "adapter", name)
-    write_files(directory, ADAPTER_FILES, config, tensors, use_safetensors)
-    if with_head and (_has_static_head(model) or name in getattr(model, "heads", ())):
-        save_head(model, directory, name, use_safetensors)
+    configs = model.adapters_config.adapters
+    if adapter_name not in configs:
+        raise ValueError(
+            f"adapter_name: expected one of the model's adapters {list(configs)}; "
+            f"got {adapter_name!r}"
+        )
+    values = configs[adapter_name].to_dict()
+    config = _full_config(model, meta_dict, name=adapter_name, config=values)
+    tensors = select(_state(model), "adapter", adapter_name)
+    write_files(save_directory, ADAPTER_FILES, config, tensors, use_safetensors)
+    if with_head and (_has_static_head(model) or adapter_name in getattr(model, "heads", ())):
+        save_head(model, save_directory, adapter_name, use_safetensors=use_safetensors)
 
 
 def save_all_adapters(
     model: nn.Module,
-    directory: str | os.PathLike,
+    save_directory: str | os.PathLike,
     with_head: bool = True,
-    use_safetensors: bool = True,
     meta_dict: Mapping[str, Any] | None = None,
+    *,
+    use_safetensors: bool = True,
 ) -> None:
     """Write every adapter into a directory of its name; arguments as `save_adapter`.
 
@@ -273,20 +278,22 @@ def save_all_adapters(
         ValueError: a name cannot be that of a directory; nothing is written then.
     """
     configs = model.adapters_config.adapters
-    targets = {name: subdirectory(directory, name) for name in configs}
+    targets = {name: subdirectory(save_directory, name) for name in configs}
     for name, target in targets.items():
         meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(configs[name])}
-        save_adapter(model, target, name, with_head, use_safetensors, meta)
+        save_adapter(model, target, name, with_head, meta, use_safetensors=use_safetensors)
 
 
 def load_adapter(
     model: nn.Module,
-    directory: str | os.PathLike,
+    adapter_name_or_path: str | os.PathLike,
+    config: Mapping[str, Any] | str | None = None,
+    *,
     load_as: str | None = None,
     with_head: bool = True,
-    config: Mapping[str, Any] | str | None = None,
-    set_active: bool = False,
     leave_out: Sequence[int] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    set_active: bool = False,
     strict: bool = True,
     use_safetensors: bool | None = None,
 ) -> str:
@@ -297,13 +304,14 @@ def load_adapter(
 
     Args:
         model: a patched model.
-        directory: as `save_adapter` or `adapters` wrote it.
+        adapter_name_or_path: a directory, as `save_adapter` or `adapters` wrote it.
+        config: the configuration it should have; another one in the files is loaded with a warning.
         load_as: its new name, and that of its head.
         with_head: also load the head in the directory. One that the model cannot take is left, with
             a warning.
-        config: the configuration it should have; another one in the files is loaded with a warning.
-        set_active: activate it, and its head.
         leave_out: layers that get no adapter, beside those that the files name.
+        id2label: other labels for the head than the files have.
+        set_active: activate it, and its head.
         strict: raise where tensors are missing or have no place; False warns.
         use_safetensors: as in `read_files`.
 
@@ -315,8 +323,8 @@ def load_adapter(
         NotImplementedError: a hub's identifier, or a method that is not supported yet.
         ValueError: the files are damaged or do not fit the model.
     """
-    saved, tensors = read_files(directory, ADAPTER_FILES, use_safetensors)
-    source = str(Path(directory) / ADAPTER_FILES.config)
+    saved, tensors = read_files(adapter_name_or_path, ADAPTER_FILES, use_safetensors)
+    source = str(Path(adapter_name_or_path) / ADAPTER_FILES.config)
     saved_name = _field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
     check_module_name(name, "load_as" if load_as else f"{source}: name")
@@ -331,7 +339,9 @@ def load_adapter(
     adapter_config.check_supported()
     head = None
     if with_head:
-        head = _read_head_of_adapter(model, directory, load_as, use_safetensors, strict)
+        head = _read_head_beside(
+            model, adapter_name_or_path, load_as, use_safetensors, id2label, strict
+        )
 
     is_new = _add_or_compare(
         name, adapter_config, model.adapters_config.adapters, source,
@@ -438,30 +448,33 @@ def _fusion_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 def save_adapter_fusion(
     model: nn.Module,
-    directory: str | os.PathLike,
-    names: Fuse | Sequence[str] | str,
+    save_directory: str | os.PathLike,
+    adapter_names: Fuse | Sequence[str] | str,
+    meta_dict: Mapping[str, Any] | None = None,
+    *,
     with_head: bool | str = False,
     use_safetensors: bool = True,
-    meta_dict: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one fusion layer, without its adapters.
 
     Args:
         model: a patched model.
-        directory: made if need be.
-        names: the fusion: its name, the Fuse, or the names of its adapters.
+        save_directory: made if need be.
+        adapter_names: the fusion: its name, the Fuse, or the names of its adapters.
+        meta_dict: further keys of the JSON file.
         with_head: also write the head of this name; True is the fusion's own.
         use_safetensors: False writes the pickle that `adapters` reads by default.
-        meta_dict: further keys of the JSON file.
 
     Raises:
         ValueError: the model has no such fusion, or no such head.
     """
-    name = _fusion_name(names)
+    name = _fusion_name(adapter_names)
     record = model.adapters_config
     if name not in record.fusions:
         known = list(record.fusions)
-        raise ValueError(f"names: expected one of the model's fusions {known}; got {name!r}")
+        raise ValueError(
+            f"adapter_names: expected one of the model's fusions {known}; got {name!r}"
+        )
     head_name = name if with_head is True else with_head
     if head_name and head_name not in getattr(model, "heads", ()):
         raise ValueError(f"with_head: the model has no head {head_name!r}")
@@ -480,16 +493,17 @@ def save_adapter_fusion(
     if temperatures:
         config["temperature"] = temperatures
     tensors = select(_state(model), "fusion", name)
-    write_files(directory, FUSION_FILES, config, tensors, use_safetensors)
+    write_files(save_directory, FUSION_FILES, config, tensors, use_safetensors)
     if head_name:
-        save_head(model, directory, head_name, use_safetensors)
+        save_head(model, save_directory, head_name, use_safetensors=use_safetensors)
 
 
 def save_all_adapter_fusions(
     model: nn.Module,
-    directory: str | os.PathLike,
-    use_safetensors: bool = True,
+    save_directory: str | os.PathLike,
     meta_dict: Mapping[str, Any] | None = None,
+    *,
+    use_safetensors: bool = True,
 ) -> None:
     """Write every fusion into a directory of its name; arguments as `save_adapter_fusion`.
 
@@ -497,18 +511,19 @@ def save_all_adapter_fusions(
         ValueError: a name cannot be that of a directory; nothing is written then.
     """
     configs = model.adapters_config.fusions
-    targets = {name: subdirectory(directory, name) for name in configs}
+    targets = {name: subdirectory(save_directory, name) for name in configs}
     for name, target in targets.items():
         meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(configs[name])}
-        save_adapter_fusion(model, target, name, False, use_safetensors, meta)
+        save_adapter_fusion(model, target, name, meta, use_safetensors=use_safetensors)
 
 
 def load_adapter_fusion(
     model: nn.Module,
-    directory: str | os.PathLike,
+    adapter_fusion_name_or_path: str | os.PathLike,
     load_as: str | None = None,
+    *,
     set_active: bool = False,
-    with_head: bool = False,
+    with_head: bool = True,
     strict: bool = True,
     use_safetensors: bool | None = None,
 ) -> str:
@@ -519,10 +534,11 @@ def load_adapter_fusion(
 
     Args:
         model: a patched model.
-        directory: as `save_adapter_fusion` or `adapters` wrote it.
+        adapter_fusion_name_or_path: a directory, as `save_adapter_fusion` or `adapters` wrote it.
         load_as: its new name; the names of its adapters stay.
         set_active: activate the fusion over its adapters, and the head.
-        with_head: also load the head in the directory, under its own name.
+        with_head: also load the head in the directory, where there is one, under its own name. One
+            that the model cannot take is left, with a warning.
         strict, use_safetensors: as in `load_adapter`.
 
     Returns:
@@ -532,8 +548,8 @@ def load_adapter_fusion(
         FileNotFoundError: the directory or a file is missing.
         ValueError: the files are damaged or do not fit the model, or an adapter is missing.
     """
-    saved, tensors = read_files(directory, FUSION_FILES, use_safetensors)
-    source = str(Path(directory) / FUSION_FILES.config)
+    saved, tensors = read_files(adapter_fusion_name_or_path, FUSION_FILES, use_safetensors)
+    source = str(Path(adapter_fusion_name_or_path) / FUSION_FILES.config)
     saved_name = _field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
     check_module_name(name, "load_as" if load_as else f"{source}: name")
@@ -557,7 +573,9 @@ def load_adapter_fusion(
     tensors = _prepared(model, tensors, "fusion", saved_name, name, source)
     head = None
     if with_head:
-        head = _read_head(model, directory, None, use_safetensors, strict=strict)
+        head = _read_head_beside(
+            model, adapter_fusion_name_or_path, None, use_safetensors, None, strict
+        )
 
     own_name = None if name == ",".join(adapter_names) else name
     is_new = _add_or_compare(
@@ -572,8 +590,11 @@ def load_adapter_fusion(
         raise
     for path, module in _fusion_modules(model, name).items():
         if module.temperature is not None:
+            module.settle_temperature()  # a step that is still due is not the loaded one's
             start = temperatures.get(path, module.INITIAL_TEMPERATURE)
-            module.temperature = torch.full_like(module.temperature, start)
+            # the buffer is in no checkpoint and may have been left on the meta device
+            device = next((p.device for p in module.parameters()), model.device)
+            module.temperature = torch.tensor(start, dtype=torch.float32, device=device)
     if head is not None:
         head.apply(set_active)
     if set_active:
@@ -601,16 +622,17 @@ def _temperatures(
 
 def save_head(
     model: nn.Module,
-    directory: str | os.PathLike,
-    name: str | None = None,
+    save_directory: str | os.PathLike,
+    head_name: str | None = None,
+    *,
     use_safetensors: bool = True,
 ) -> None:
     """Write one prediction head.
 
     Args:
         model: a model with heads by name, or a transformers model whose class has a head.
-        directory: made if need be.
-        name: the head; None is the active one. The only head of a class has no name.
+        save_directory: made if need be.
+        head_name: the head; None is the active one. The only head of a class has no name.
         use_safetensors: False writes the pickle that `adapters` reads by default.
 
     Raises:
@@ -625,37 +647,38 @@ def save_head(
             label2id=model.config.label2id,
             num_labels=model.config.num_labels,
         )
-        write_files(directory, HEAD_FILES, config, _static_head(model), use_safetensors)
+        write_files(save_directory, HEAD_FILES, config, _static_head(model), use_safetensors)
         return
     if not hasattr(model, "heads"):
         raise ValueError(f"model: {type(model).__name__} has no prediction head")
-    name = model.active_head if name is None else name
+    name = model.active_head if head_name is None else head_name
     if name not in model.heads:
         known = list(model.heads)
-        raise ValueError(f"name: expected one of the model's heads {known}; got {name!r}")
+        raise ValueError(f"head_name: expected one of the model's heads {known}; got {name!r}")
     config = _full_config(model, None, name=name, config=model.heads[name].config)
     tensors = select(_state(model), "head", name)
-    write_files(directory, HEAD_FILES, config, tensors, use_safetensors)
+    write_files(save_directory, HEAD_FILES, config, tensors, use_safetensors)
 
 
 def save_all_heads(
-    model: nn.Module, directory: str | os.PathLike, use_safetensors: bool = True
+    model: nn.Module, save_directory: str | os.PathLike, *, use_safetensors: bool = True
 ) -> None:
     """Write every head of a model with heads by name into a directory of its name.
 
     Raises:
         ValueError: a name cannot be that of a directory; nothing is written then.
     """
-    targets = {name: subdirectory(directory, name) for name in model.heads}
+    targets = {name: subdirectory(save_directory, name) for name in model.heads}
     for name, target in targets.items():
-        save_head(model, target, name, use_safetensors)
+        save_head(model, target, name, use_safetensors=use_safetensors)
 
 
 def load_head(
     model: nn.Module,
-    directory: str | os.PathLike,
+    save_directory: str | os.PathLike,
     load_as: str | None = None,
     id2label: Mapping[int, str] | None = None,
+    *,
     set_active: bool = True,
     strict: bool = True,
     use_safetensors: bool | None = None,
@@ -664,7 +687,7 @@ def load_head(
 
     Args:
         model: a model with heads by name, or a transformers model of the class that wrote the head.
-        directory: as `save_head` or `adapters` wrote it.
+        save_directory: as `save_head` or `adapters` wrote it.
         load_as: its new name.
         id2label: other labels than the files have.
         set_active: make it the active head.
@@ -678,7 +701,7 @@ def load_head(
         NotImplementedError: a head type that is not supported yet.
         ValueError: the files are damaged or do not fit the model.
     """
-    head = _read_head(model, directory, load_as, use_safetensors, id2label, strict)
+    head = _read_head(model, save_directory, load_as, use_safetensors, id2label, strict)
     return head.apply(set_active)
 
 
@@ -714,19 +737,20 @@ class _ReadHead(NamedTuple):
         return name
 
 
-def _read_head_of_adapter(
+def _read_head_beside(
     model: nn.Module,
     directory: str | os.PathLike,
     load_as: str | None,
     use_safetensors: bool | None,
+    id2label: Mapping[int, str] | None,
     strict: bool,
 ) -> _ReadHead | None:
-    """The head beside an adapter, if there is one that the model can take."""
+    """The head beside an adapter or fusion, if there is one that the model can take."""
     takes_heads = hasattr(model, "heads") or _has_static_head(model)
     if not takes_heads or not (Path(directory) / HEAD_FILES.config).is_file():
         return None
     try:
-        return _read_head(model, directory, load_as, use_safetensors, strict=strict)
+        return _read_head(model, directory, load_as, use_safetensors, id2label, strict)
     except _OtherHead as error:
         warnings.warn(f"with_head: the head is left out: {error}", stacklevel=4)
     return None
@@ -741,8 +765,8 @@ def _read_head(
     directory: str | os.PathLike,
     load_as: str | None,
     use_safetensors: bool | None,
-    id2label: Mapping[int, str] | None = None,
-    strict: bool = True,
+    id2label: Mapping[int, str] | None,
+    strict: bool,
 ) -> _ReadHead:
     """Read a head and check it against the model, which is not changed."""
     saved, tensors = read_files(directory, HEAD_FILES, use_safetensors)

@@ -153,7 +153,7 @@ class AdapterTrainer(Trainer):
         for folder in adapters:
             self.model.load_adapter(folder, with_head=not self._has_named_heads)
         for folder in folders_with("adapter_fusion_config.json"):
-            self.model.load_adapter_fusion(folder)
+            self.model.load_adapter_fusion(folder, with_head=False)
         if self._has_named_heads:
             for folder in folders_with("head_config.json"):
                 self.model.load_head(folder, set_active=False)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, DistilBertConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from fastfusion.heads import (
@@ -159,15 +159,42 @@ def test_pooler(host):
         host.forward_head((states,))
 
 
-def test_dropout_probability():
-    def first_dropout(config, **arguments):
-        return ClassificationHead(Host(config), "x", **arguments)[0].p
+@pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig, ElectraConfig])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0.1),
+        ({"hidden_dropout_prob": 0.2}, 0.2),
+        ({"hidden_dropout_prob": 0.2, "classifier_dropout": 0.3}, 0.3),
+        ({"hidden_dropout_prob": 0.2, "classifier_dropout": 0.0}, 0.0),
+    ],
+)
+def test_dropout_probability(config_class, settings, expected):
+    host = Host(config_class(hidden_size=8, **settings))
+    assert [m.p for m in ClassificationHead(host, "x") if isinstance(m, nn.Dropout)] == [
+        expected,
+        expected,
+    ]
+    assert ClassificationHead(host, "x", dropout_prob=0.4)[0].p == 0.4
 
-    assert first_dropout(BertConfig(hidden_size=8, hidden_dropout_prob=0.2)) == 0.2
-    both = BertConfig(hidden_size=8, hidden_dropout_prob=0.2, classifier_dropout=0.3)
-    assert first_dropout(both) == 0.3
-    assert first_dropout(both, dropout_prob=0.0) == 0.0
-    assert first_dropout(DistilBertConfig(dim=8)) == 0.0
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0.2),
+        ({"dropout": 0.3}, 0.2),
+        ({"dropout": 0.3, "seq_classif_dropout": 0.4}, 0.4),
+        ({"dropout": 0.3, "seq_classif_dropout": 0.0}, 0.0),
+        ({"dropout": 0.3, "seq_classif_dropout": None}, 0.3),
+        ({"dropout": None, "seq_classif_dropout": None}, 0.0),
+    ],
+)
+def test_dropout_probability_of_distilbert(settings, expected):
+    """Its configuration has names of its own; the numbers are those of `adapters`."""
+    host = Host(DistilBertConfig(dim=8, n_heads=2))
+    vars(host.config).update(settings)  # transformers 5 refuses None, earlier ones keep it
+    assert ClassificationHead(host, "x")[0].p == expected
+    assert ClassificationHead(host, "x", dropout_prob=0.4)[0].p == 0.4
 
 
 def test_head_takes_mode_dtype_and_initialisation(host):

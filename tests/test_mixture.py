@@ -41,7 +41,7 @@ def make_layer(adapter_overrides, fusion=None, setup=None, dtype=torch.float64, 
             nn.init.normal_(parameter, std=0.5)
         module.eval()
     config.active_setup = setup or (Fuse(*names) if fusion is not None else Stack(*names))
-    layer.update_plan()
+    layer.activate(layer.lower(config.active_setup, ()))
     return layer
 
 
@@ -187,7 +187,7 @@ def test_nesting(form, setup, overrides):
 def test_absent_adapters_are_left_out(form):
     layer = make_layer([{}, {}, {}], "dynamic")
     del layer.adapters["b"]
-    layer.update_plan()
+    layer.activate(layer.lower(layer.settings.config.active_setup, ()))
     assert len(layer.steps[0].mixture.adapters) == 2
     check(layer)
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import threading
 
 import pytest
@@ -106,11 +107,39 @@ def test_saved_and_loaded_by_transformers(tmp_path, ids):
     fuse = tiny.add_fusion(model)
     model.add_classification_head("task", num_labels=3)
     model.eval().save_pretrained(tmp_path)
-    other = AutoAdapterModel.from_pretrained(tmp_path).eval()
+    other = AutoAdapterModel.from_pretrained(tmp_path, output_hidden_states=True).eval()
+    assert other.config.output_hidden_states
     other.set_active_adapters(fuse)
     other.active_head = "task"
     assert torch.equal(run(other, ids), run(model, ids))
     assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_temperature_is_saved_with_the_model(tmp_path, ids):
+    model = AutoAdapterModel.from_config(tiny.CONFIGS["bert"])
+    for name in "ab":
+        model.add_adapter(name)
+    model.add_adapter_fusion(["a", "b"], {"temperature": True}, name="warm")
+    model.add_adapter_fusion(["b", "a"], {"temperature": True})
+    model.train_adapter_fusion(Fuse("a", "b", name="warm"))
+    model(ids)
+    model(ids)
+    model.save_pretrained(tmp_path)
+    other = AutoAdapterModel.from_pretrained(tmp_path)
+    for name, expected in (("warm", 49.9), ("b,a", 50.0)):
+        for _, fusion in other.model_adapters.fusion_modules(name):
+            assert fusion.temperature.item() == pytest.approx(expected)
+
+
+def test_fresh_weights_keep_their_own_start():
+    """transformers' initialisation of a new model does not touch what adapters start with."""
+    config = copy.deepcopy(tiny.CONFIGS["bert"])
+    first = AutoAdapterModel.from_config(config)
+    first.add_adapter("p", "par_bn")
+    config.adapters = first.adapters_config.to_dict()
+    second = AutoAdapterModel.from_config(config)
+    for _, adapter in second.model_adapters.modules("p"):
+        assert not adapter.adapter_up.weight.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -188,6 +217,67 @@ def test_gradient_checkpointing(model, ids, trained):
         assert (grad is None) == (results[1][1][name] is None), name
         if grad is not None:
             torch.testing.assert_close(results[1][1][name], grad)
+
+
+def test_reentrant_checkpointing_is_refused(model):
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_gradients_of_gradients_are_refused(model):
+    """They would be wrong without a word; the literal formulas have them."""
+    model.set_attn_implementation("eager")
+    embeddings = torch.randn(1, 3, 32, requires_grad=True)
+    for backend in (None, "torch"):
+        model.set_backend(backend)
+        out = model(inputs_embeds=embeddings).last_hidden_state.square().sum()
+        (grad,) = torch.autograd.grad(out, embeddings, create_graph=True)
+        with pytest.raises(RuntimeError, match="reference"):
+            grad.square().sum().backward()
+    model.set_backend("reference")
+    out = model(inputs_embeds=embeddings).last_hidden_state.square().sum()
+    (grad,) = torch.autograd.grad(out, embeddings, create_graph=True)
+    grad.square().sum().backward()
+
+
+def test_half_precision_training(model, ids):
+    """fp16 with gradients: products of three matrices are rescaled there too."""
+    with torch.no_grad():
+        for _, fusion in model.model_adapters.fusion_modules("a,b,c"):
+            for layer in (fusion.query, fusion.key):
+                layer.weight.mul_(200)
+    model.half().train_adapter_fusion(FUSE)
+    model.eval()
+    ids = tiny.ids(4, 30)
+    out = model(ids).last_hidden_state
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    for _, fusion in model.model_adapters.fusion_modules("a,b,c"):
+        assert fusion.value.weight.grad.isfinite().all()
+
+
+def test_refresh_leaves_a_pending_backward_alone(model):
+    """A pack that a recorded forward holds is not written over."""
+    model.requires_grad_(False)
+    embeddings = torch.randn(2, 7, 32, requires_grad=True)
+    first = model(inputs_embeds=embeddings).last_hidden_state.sum()
+    other = torch.nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    torch.optim.SGD([other], lr=0.1).step()
+    second = model(inputs_embeds=embeddings).last_hidden_state.sum()
+    (first + second).backward()
+    both, embeddings.grad = embeddings.grad, None
+    model(inputs_embeds=embeddings).last_hidden_state.sum().backward()
+    torch.testing.assert_close(both, 2 * embeddings.grad)
+
+
+def test_inference_mode_then_training(model):
+    model.requires_grad_(False)
+    embeddings = torch.randn(2, 7, 32)
+    with torch.inference_mode():
+        model(inputs_embeds=embeddings)
+    model(inputs_embeds=embeddings.requires_grad_()).last_hidden_state.sum().backward()
+    assert embeddings.grad.any()
 
 
 def test_unused_parameters_get_zeros(model, ids):
@@ -271,6 +361,53 @@ def test_context(model, ids):
         model(ids)
 
 
+def test_contexts_keep_their_packs_and_are_few(model, ids):
+    layer = model.model_adapters.layers[0]
+    for _ in range(3):
+        with AdapterSetup("a"):
+            run(model, ids)
+    assert len(layer._plans) == 1 and len(layer.packs._packs) == 1
+    for names in itertools.product("abc", repeat=3):
+        with AdapterSetup(Stack(*names)):
+            run(model, ids)
+    assert len(layer._plans) == 8 and len(layer.packs._packs) == 8 * 3
+
+
+def test_context_in_two_threads(model, ids):
+    """One object entered in both at once: each thread has a stack of its own."""
+    shared, entered, left = AdapterSetup("a"), threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with shared:
+            entered.set()
+            left.wait()
+        seen.append(AdapterSetup.get_context())
+
+    thread = threading.Thread(target=other)
+    with AdapterSetup("b") as outer:
+        thread.start()
+        entered.wait()
+        with shared:
+            left.set()
+            thread.join()
+        assert AdapterSetup.get_context() is outer
+    assert AdapterSetup.get_context() is None and seen == [None]
+
+
+def test_context_brings_the_head(ids):
+    model = AutoAdapterModel.from_config(tiny.CONFIGS["bert"]).eval()
+    for name, labels in (("a", 2), ("b", 5)):
+        model.add_adapter(name)
+        model.add_classification_head(name, num_labels=labels)
+    model.set_active_adapters("a")
+    assert run(model, ids).shape[-1] == 2
+    with AdapterSetup("b"):
+        assert run(model, ids).shape[-1] == 5
+    with AdapterSetup("b", head_setup="a"):
+        assert run(model, ids).shape[-1] == 2
+
+
 def test_context_per_thread(model, ids):
     """8 threads with different setups on one model at once give what each alone gives."""
     setups = ["a", "b", "c", FUSE, Stack("a", "b"), Stack("c", FUSE), None, Fuse("c", name="c")]
@@ -322,6 +459,40 @@ def test_summary(model):
     assert rows[0]["#param"] == per_adapter and rows[0]["active"]
     table = model.adapter_summary()
     assert "Full model" in table and f"{per_adapter:,}" in table
+
+
+def test_deleting_what_a_fusion_needs(model):
+    model.set_active_adapters(None)
+    with pytest.raises(ValueError, match="a,b,c"):
+        model.delete_adapter("a")
+    model.delete_adapter("a", force=True)
+    assert not model.adapters_config.fusions
+    assert not [n for n in model.state_dict() if "fusion" in n or ".a." in n]
+
+
+def test_replacing_keeps_the_locations_of_a_fusion(model, ids):
+    before = run(model, ids)
+    with pytest.raises(ValueError, match="mh_adapter"):
+        model.add_adapter("a", "seq_bn", overwrite_ok=True)
+    assert torch.equal(run(model, ids), before)
+
+
+def test_restore_with_parameters_of_others(model):
+    model.encoder.layer[0].probe = torch.nn.Linear(2, 2)
+    fastfusion.restore(model)
+    assert type(model) is BertModel
+    with pytest.raises(ValueError, match="init"):
+        fastfusion.refresh(model)
+
+
+def test_norm_hooks_run(model, ids):
+    """A hook on the model's LayerNorm sees its calls: the op does not swallow them."""
+    calls = []
+    expected = run(model, ids)
+    norm = model.encoder.layer[0].output.LayerNorm
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(run(model, ids), expected, rtol=1e-5, atol=1e-5)
+    assert calls
 
 
 def test_deleting(model, ids):
@@ -379,6 +550,11 @@ BAD_CALLS = {
     "delete an unknown adapter": (lambda m: m.delete_adapter("zzz"), ValueError, "'zzz'"),
     "delete an unknown fusion": (lambda m: m.delete_adapter_fusion("zzz"), ValueError, "'zzz'"),
     "unknown backend": (lambda m: m.set_backend("cuda"), ValueError, "backend"),
+    "layers that are no list": (
+        lambda m: m.set_active_adapters("a", skip_layers=1),
+        ValueError,
+        "skip_layers",
+    ),
     "too deep": (
         lambda m: m.set_active_adapters(Stack("a", Fuse("b", Stack("c", FUSE)))),
         ValueError,

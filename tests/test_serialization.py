@@ -1,6 +1,7 @@
 """Files: those of `adapters` in both directions, exact names, whole writes, and what is refused."""
 
 import contextlib
+import inspect
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import fastfusion.serialization as files
 from fastfusion.composition import Fuse
 from fastfusion.configuration import AdapterConfig, AdapterFusionConfig, SeqBnConfig
 from fastfusion.flexible import AutoAdapterModel
-from fastfusion.model import init
+from fastfusion.model import ModelAdaptersMixin, init
 from fastfusion.serialization import ADAPTER_FILES, FUSION_FILES, HEAD_FILES, read_files
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -103,6 +104,36 @@ def assert_equal(left, right):
     assert left.keys() == right.keys()
     for key in left:
         assert torch.equal(left[key], right[key]), key
+
+
+PEER_PARAMETERS = {
+    "save_adapter": "save_directory adapter_name with_head meta_dict custom_weights_loaders "
+    "use_safetensors",
+    "save_all_adapters": "save_directory with_head meta_dict custom_weights_loaders "
+    "use_safetensors",
+    "load_adapter": "adapter_name_or_path config version model_name load_as with_head "
+    "custom_weights_loaders leave_out id2label set_active use_safetensors",
+    "save_adapter_fusion": "save_directory adapter_names meta_dict custom_weights_loaders "
+    "with_head use_safetensors",
+    "save_all_adapter_fusions": "save_directory meta_dict custom_weights_loaders use_safetensors",
+    "load_adapter_fusion": "adapter_fusion_name_or_path load_as custom_weights_loaders set_active "
+    "with_head use_safetensors",
+    "save_head": "save_directory head_name use_safetensors",
+    "load_head": "save_directory load_as id2label use_safetensors",
+    "save_all_heads": "save_directory use_safetensors",
+}
+"""Parameters of the methods of `adapters` 1.3.0, on models with heads."""
+
+
+@pytest.mark.parametrize("method", PEER_PARAMETERS)
+def test_parameters_are_those_of_adapters(method):
+    """A call that both libraries take means the same thing in both."""
+    theirs = PEER_PARAMETERS[method].split()
+    ours = list(inspect.signature(getattr(ModelAdaptersMixin, method)).parameters.values())[1:]
+    positional = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional and positional == theirs[: len(positional)]
+    absent = {"custom_weights_loaders", "version", "model_name"}
+    assert set(theirs) - {p.name for p in ours} == absent & set(theirs)
 
 
 @pytest.mark.parametrize("use_safetensors", [True, False])
@@ -336,11 +367,11 @@ def test_views_do_not_drag_their_storage_along(model, tmp_path):
 
 
 def test_unknown_things_are_named(model, tmp_path):
-    with pytest.raises(ValueError, match=r"name.*'a', 'b', 'c'.*'z'"):
+    with pytest.raises(ValueError, match=r"^adapter_name: .*'a', 'b', 'c'.*'z'"):
         files.save_adapter(model, tmp_path / "x", "z")
-    with pytest.raises(ValueError, match=r"names.*'a,c'.*'a,b'"):
+    with pytest.raises(ValueError, match=r"^adapter_names: .*'a,c'.*'a,b'"):
         files.save_adapter_fusion(model, tmp_path / "x", Fuse("a", "b"))
-    with pytest.raises(ValueError, match=r"name.*'a'.*'z'"):
+    with pytest.raises(ValueError, match=r"^head_name: .*'a'.*'z'"):
         files.save_head(model, tmp_path / "x", "z")
     with pytest.raises(ValueError, match="with_head.*'a,c'"):
         files.save_adapter_fusion(model, tmp_path / "x", "a,c", with_head=True)
@@ -777,10 +808,39 @@ def test_fusion_set_active_and_head(model, tmp_path):
     files.save_adapter_fusion(model, tmp_path, ["a", "c"], with_head="task")
     model.delete_head("task")
     with unchanged(model):
-        files.load_adapter_fusion(model, tmp_path)
-    files.load_adapter_fusion(model, tmp_path, load_as="mine", with_head=True, set_active=True)
+        files.load_adapter_fusion(model, tmp_path, with_head=False)
+    files.load_adapter_fusion(model, tmp_path)
+    assert "task" in model.heads and model.active_head == "a"
+    files.load_adapter_fusion(model, tmp_path, load_as="mine", set_active=True)
     assert model.active_adapters == Fuse("a", "c", name="mine")
     assert model.active_head == "task"
+
+
+def test_head_beside_a_fusion(model, tmp_path):
+    files.save_adapter_fusion(model, tmp_path / "alone", "a,c")
+    with unchanged(model), no_warnings():
+        files.load_adapter_fusion(model, tmp_path / "alone", with_head=True)
+    files.save_adapter_fusion(model, tmp_path, "a,c", with_head="a")
+    path = tmp_path / HEAD_FILES.config
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_class": "OtherModel"}))
+    with pytest.warns(UserWarning, match="head is left out.*OtherModel"):
+        files.load_adapter_fusion(model, tmp_path, load_as="new")
+    assert "new" in model.adapters_config.fusions
+    path.write_text("{")
+    with unchanged(model), pytest.raises(ValueError, match="head_config"):
+        files.load_adapter_fusion(model, tmp_path, load_as="newer")
+
+
+def test_labels_of_the_head_of_an_adapter(model, tmp_path):
+    files.save_adapter(model, tmp_path, "a")
+    labels = {0: "x", 1: "y", 2: "z"}
+    files.load_adapter(model, tmp_path, load_as="new", id2label=labels)
+    assert model.get_labels_dict("new") == labels
+    assert model.get_labels_dict("a") == {i: f"LABEL_{i}" for i in range(3)}
+    one_class = static()
+    directory = GOLDEN / "groups/bert-static-head/adapters/a"
+    files.load_adapter(one_class, directory, id2label=labels)
+    assert one_class.config.id2label == labels
 
 
 def test_incomplete_fusion_is_taken_back(model, tmp_path):
@@ -820,6 +880,29 @@ def test_temperature(model, tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": wrong}))
         with unchanged(model), pytest.raises(ValueError, match="temperature"):
             files.load_adapter_fusion(model, tmp_path, load_as="v")
+
+
+@pytest.mark.parametrize("config", ["dynamic", "dynamic[key=False, query=False, value=False]"])
+def test_temperature_is_loaded_to_where_the_fusion_is(config, model, tmp_path):
+    """Over a buffer without values or of another dtype, and over one that is about to fall."""
+    loaded = AdapterFusionConfig.load(config, temperature=True)
+    model.add_adapter_fusion(["a", "c"], config=loaded, name="t")
+    modules = [layer.output.adapter_fusion_layer["t"] for layer in model.bert.encoder.layer]
+    for module in modules:
+        module.temperature = torch.tensor(42.95)
+    files.save_adapter_fusion(model, tmp_path, "t")
+    for stale in (torch.empty((), device="meta"), torch.tensor(7.0, dtype=torch.bfloat16)):
+        for module in modules:
+            module.temperature = stale
+            module.count_step()
+        files.load_adapter_fusion(model, tmp_path, set_active=True)
+        for module in modules:
+            module.settle_temperature()
+            assert module.temperature.dtype == torch.float32
+            assert torch.equal(module.temperature, torch.tensor(42.95))
+            assert "temperature" in dict(module.named_buffers())
+        with torch.no_grad():
+            assert model(input_ids=torch.arange(6).view(1, 6) + 5).logits.isfinite().all()
 
 
 def test_load_head(model, tmp_path):

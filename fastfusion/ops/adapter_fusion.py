@@ -244,6 +244,16 @@ torch.library.register_autograd(
 )
 
 
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError(
+        "adapter_fusion: gradients of gradients are not supported; use backend='reference'"
+    )
+
+
+for _name in ("adapter_fusion_backward", "adapter_fusion_norm_backward"):
+    torch.library.register_autograd(f"fastfusion::{_name}", _refuse_double_backward, lib=_LIBRARY)
+
+
 class PackedWeights(NamedTuple):
     """A mixture's weights as the ops take them; `D = sum(sizes)`, `N = len(sizes)`.
 
@@ -362,6 +372,7 @@ def adapter_fusion_norm(
         module = backends.load(backends.choose(backend, hidden, weights))
         outputs = module.adapter_fusion_norm(*args, sizes, activations, False)
     else:
+        # what a backward would need; a graph that is being traced asks for it too
         save = torch.is_grad_enabled()
         outputs = torch.ops.fastfusion.adapter_fusion_norm(*args, sizes, activations, save, backend)
     return outputs[0], outputs[1]

@@ -192,16 +192,19 @@ def adapter_fusion_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion_norm`; returns out, p and, with `save`, `hidden + input`
     and what the last LayerNorm sees (otherwise two empty tensors)."""
-    norm = ([hidden.shape[-1]], ln_weight, ln_bias, ln_eps)
-    summed = hidden + input
-    x = F.layer_norm(summed, *norm) if ln_before else hidden
-    pre_norm, p = adapter_fusion(
-        [x], None, summed, w_down, b_down, w_score, b_score, w_out, temperature, mask, None,
+    dtype = hidden.dtype
+    acc = _accumulate_dtype(dtype)
+    norm = ([hidden.shape[-1]], ln_weight.to(acc), ln_bias.to(acc), ln_eps)
+    summed = hidden.to(acc) + input
+    x = F.layer_norm(summed, *norm).to(dtype) if ln_before else hidden
+    mixed, p = adapter_fusion(
+        [x], None, None, w_down, b_down, w_score, b_score, w_out, temperature, mask, None,
         sizes, activations,
     )  # fmt: skip
-    out = F.layer_norm(pre_norm, *norm)
+    pre_norm = summed + mixed
+    out = F.layer_norm(pre_norm, *norm).to(dtype)
     if save:
-        return out, p, summed, pre_norm
+        return out, p, summed.to(dtype), pre_norm.to(dtype)
     return out, p, out.new_empty(0), out.new_empty(0)
 
 

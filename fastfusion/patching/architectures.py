@@ -40,8 +40,6 @@ class Architecture(NamedTuple):
     """The modules of a base model whose forward is replaced, with the replacement."""
     attention_dropout: str
     """The config's field for the dropout of attention probabilities."""
-    hidden_dropout: str
-    """The config's field for the dropout of hidden states (heads)."""
 
     def base_class(self) -> type:
         """transformers' class of the model without a head."""
@@ -82,7 +80,6 @@ def _bert_like(class_prefix: str, module: str, base_attribute: str) -> Architect
         _bert_places,
         _bert_forwards,
         "attention_probs_dropout_prob",
-        "hidden_dropout_prob",
     )
 
 
@@ -98,7 +95,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         _distilbert_places,
         _distilbert_forwards,
         "attention_dropout",
-        "dropout",
     ),
 }
 

@@ -231,7 +231,8 @@ def _adapter_fusion_fwd_kernel(
         mask_k = offs_k < H
         mask_tk = mask_t[:, None] & mask_k[None, :]
         for i in tl.static_range(NUM_INPUTS):
-            x_tile = x_ptr + i * stride_xi + offs_t[:, None] * stride_xm + offs_k[None, :]
+            x_tile = x_ptr + i * tl.cast(stride_xi, tl.int64)
+            x_tile += offs_t[:, None] * stride_xm + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_tk, other=0.0)
             own = _columns_of(offs_d, i, ENDS, NUM_INPUTS)
             pre = _dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED)
