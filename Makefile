@@ -12,7 +12,7 @@ OP ?= adapter_fusion
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
-PACKAGES := $(VENV)/.packages-torch$(TORCH)-transformers$(TRANSFORMERS)
+PACKAGES := $(VENV)/.packages-torch$(TORCH)-transformers$(TRANSFORMERS)$(EXTRA)
 BUILT := $(VENV)/.built
 
 .PHONY: demo test test-triton test-gpu lint format bench venv
@@ -25,7 +25,7 @@ test: venv
 
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_adapter_fusion.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_adapter_fusion.py tests/test_golden.py
 
 test-gpu: venv
 	$(BIN)/pytest -q -m gpu
@@ -54,5 +54,6 @@ $(PACKAGES): requirements-dev.txt
 
 # editable: only the extension and the metadata ask for a new build
 $(BUILT): $(PACKAGES) setup.py pyproject.toml $(shell find csrc -type f)
-	$(PIP) --no-build-isolation -e .
+	# not quiet: where the compiler fails, setup.py says that the extension is missing
+	$(BIN)/pip --disable-pip-version-check install --no-build-isolation -e .
 	touch $@

@@ -63,8 +63,12 @@ def extension(torch) -> dict:
             try:
                 super().run()
             except Exception as error:  # whatever stops the compiler: the package works without it
-                self.extensions = []
                 pure(f"the compiler failed: {error}")
+                # an earlier build's library would be installed as if it were this one
+                for folder in (ROOT, ROOT / self.build_lib):
+                    for library in (folder / "fastfusion").glob("_C*.so"):
+                        library.unlink()
+                self.extensions = []
 
     # torch looks for ninja on PATH; an interpreter called by its path does not put its own there
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

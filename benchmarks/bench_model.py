@@ -1,6 +1,6 @@
 """AdapterFusion in a whole BERT: forward over the bare model, training step against `adapters`.
 
-    python benchmarks/bench_model.py --json benchmarks/results/model.json
+    python benchmarks/bench_model.py
     pytest benchmarks/bench_model.py --benchmark-only
 
 BERT-base shape, fp32, random weights, seq_bn adapters (reduction 16) under one dynamic fusion. The
@@ -134,8 +134,8 @@ def compare_forward(shape: tuple[int, int], rounds: int, layers: int, compiled: 
         results[name]["over_bare"] = measure.ratios(own, times_ms[base])
         if "N=" in name:
             truth = outputs[f"reference {name.split()[-1]}"]
-            error = (outputs[name] - truth).norm() / truth.norm()
-            results[name]["relative_error"] = float(f"{error:.1e}")
+            error = measure.relative_error(outputs[name], truth, limit=1e-4)
+            results[name]["relative_error"] = error
     return results
 
 
@@ -149,11 +149,17 @@ def compare_training(shape: tuple[int, int], rounds: int) -> dict:
         if adapters is not None:
             models["adapters"] = peer(bare, models["fastfusion"])
         calls = {name: training_step(model, ids) for name, model in models.items()}
+        losses = {}
+        for name, call in calls.items():
+            torch.manual_seed(0)  # dropout draws the same numbers everywhere
+            losses[name] = call()
         kept = {name: saved_bytes(model, ids) for name, model in models.items()}
         times_ms = measure.interleaved(calls, rounds)
         for name, own in times_ms.items():
             result = results[f"{name} N={count}"] = {"ms": measure.quartiles(own)}
             result["saved_mib"] = round(kept[name] / 2**20, 1)
+            error = measure.relative_error(losses[name], losses["reference"], limit=1e-4)
+            result["relative_error_of_the_loss"] = error
             for other in ("adapters", "reference"):
                 if other in times_ms and other != name:
                     result[f"{other}_over_this"] = measure.ratios(times_ms[other], own)
@@ -168,13 +174,12 @@ def show(title: str, results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    options = measure.parser(__doc__.splitlines()[0], rounds=15)
+    options = measure.parser(__doc__.splitlines()[0], "model", rounds=15)
     options.add_argument("--layers", type=int, default=12, help="of the forward's model")
     options.add_argument("--compile", action="store_true", help="torch.compile of every model too")
     options.add_argument("--only", choices=("forward", "training"))
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    record = {**measure.environment(), "rounds": arguments.rounds, "results": {}}
+    record = measure.start(arguments)
     if arguments.only != "training":
         for batch, length in FORWARD_SHAPES:
             title = f"forward B={batch} S={length}"

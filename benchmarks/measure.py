@@ -65,19 +65,36 @@ def environment() -> dict[str, Any]:
     }
 
 
-def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+def relative_error(actual: torch.Tensor, truth: torch.Tensor, limit: float) -> float:
+    """The distance of two results over the size of the truth.
+
+    Raises:
+        SystemExit: it is above `limit`: what is not the same is not compared.
+    """
+    error = ((actual.double() - truth.double()).norm() / truth.double().norm()).item()
+    if not error <= limit:
+        raise SystemExit(f"outputs differ: relative error {error:.1e}, allowed {limit:.1e}")
+    return float(f"{error:.1e}")
+
+
+def parser(description: str, name: str, rounds: int) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--json", type=Path, help="append one line of results to this file")
+    default = Path(__file__).parent / "results" / f"{name}.jsonl"
+    options.add_argument("--json", type=Path, default=default, help="append the results here")
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--threads", type=int, default=2)
     return options
 
 
-def append(path: Path | None, record: Mapping[str, Any]) -> None:
+def start(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Set the threads; the record that the results go into."""
+    torch.set_num_threads(arguments.threads)
+    return {**environment(), "rounds": arguments.rounds, "results": {}}
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a record to a file with one JSON object a line."""
-    if path is None:
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")

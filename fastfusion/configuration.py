@@ -169,26 +169,31 @@ def _resolve(
         with open(name, encoding="utf-8") as file:
             try:
                 loaded = json.load(file)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"config: {name!r} is not a JSON file: {error}") from error
         _expect(isinstance(loaded, dict), "config", "a JSON object in the file", loaded)
         return loaded.get("config", loaded)
-    return _parse(name, config_map)
+    return _parse(name, config_map, "config", "the path of a file")
 
 
-def _parse(text: str, config_map: Mapping[str, AdapterConfig]) -> AdapterConfig:
-    """Read `name` or `name[key=value, ...]`, the values being Python literals."""
+def _parse(
+    text: str, config_map: Mapping[str, AdapterConfig], argument: str, alternative: str
+) -> AdapterConfig:
+    """Read `name` or `name[key=value, ...]`, the values being Python literals.
+
+    The errors speak of an argument, and of what else than a name could have been given for it.
+    """
     if "|" in text:
-        raise NotImplementedError(f"config: the union {text!r} is not supported yet")
+        raise NotImplementedError(f"{argument}: the union {text!r} is not supported yet")
     name, bracket, arguments = text.strip().partition("[")
     name = name.strip()
     if name in _UNSUPPORTED_NAMES:
         raise NotImplementedError(
-            f"config: {name!r} is not supported yet; only bottleneck adapters are"
+            f"{argument}: {name!r} is not supported yet; only bottleneck adapters are"
         )
     if name not in config_map:
         known = ", ".join(sorted(config_map))
-        raise ValueError(f"config: expected one of {known}, or the path of a file; got {text!r}")
+        raise ValueError(f"{argument}: expected one of {known}, or {alternative}; got {text!r}")
     if not bracket:
         return config_map[name]
     try:
@@ -199,9 +204,9 @@ def _parse(text: str, config_map: Mapping[str, AdapterConfig]) -> AdapterConfig:
             raise SyntaxError("a value without a name")
         changes = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"config: expected name[key=value]; got {text!r} ({error})") from error
+        raise ValueError(f"{argument}: expected name[key=value]; got {text!r} ({error})") from error
     unknown = sorted(map(str, set(changes) - {f.name for f in fields(config_map[name])}))
-    _expect(not unknown, "config", f"fields of {name}", unknown)
+    _expect(not unknown, argument, f"fields of {name}", unknown)
     return config_map[name].replace(**changes)
 
 
@@ -681,18 +686,28 @@ class ModelAdaptersConfig:
 
         Raises:
             NotImplementedError: an adapter is of a method that is not supported.
-            ValueError: a configuration is missing or not valid.
+            ValueError: a configuration is missing or not valid, or not given by a name.
         """
 
-        def look_up(specifier: Any, config_map: Mapping[str, Any]) -> Any:
-            return config_map.get(specifier, specifier)
+        def look_up(
+            argument: str, specifier: Any, map_name: str, named: Mapping[str, AdapterConfig]
+        ) -> Mapping[str, Any]:
+            # never the path of a file: the record may come with somebody else's config.json
+            _expect(isinstance(specifier, str), argument, "a name", specifier)
+            config = values.get(map_name, {}).get(specifier)
+            if config is None:
+                return _parse(specifier, named, argument, f"a key of {map_name}")
+            _expect(isinstance(config, Mapping), f"{map_name}[{specifier!r}]", "a mapping", config)
+            return config
 
         record = cls()
         for name, specifier in values.get("adapters", {}).items():
-            config = look_up(specifier, values.get("config_map", {}))
+            argument = f"adapters[{name!r}]"
+            config = look_up(argument, specifier, "config_map", ADAPTER_CONFIG_MAP)
             record.adapters[name] = AdapterConfig.load(config)
         for name, specifier in values.get("fusions", {}).items():
-            config = look_up(specifier, values.get("fusion_config_map", {}))
+            argument = f"fusions[{name!r}]"
+            config = look_up(argument, specifier, "fusion_config_map", ADAPTERFUSION_CONFIG_MAP)
             record.fusions[name] = AdapterFusionConfig.load(config)
             names = values.get("fusion_name_map", {}).get(name)
             record.fusion_names[name] = list(names) if names is not None else name.split(",")

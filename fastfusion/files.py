@@ -1,13 +1,18 @@
-"""A configuration and its tensors as a pair of files: written whole or not at all."""
+"""A configuration and its tensors as a pair of files: written whole or not at all.
+
+The configuration decides: new weights wait in a hidden file, whose name holds a digest of the
+configuration they belong to, until that configuration has replaced the older one in a single step.
+"""
 
 import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
-import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +20,8 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class FileNames(NamedTuple):
@@ -33,6 +40,9 @@ FUSION_FILES = FileNames(
 )
 HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 
+_WRITE_ID = "fastfusion_write_id"
+"""A key of the written configuration alone, with another value at every write."""
+
 
 def write_files(
     directory: str | os.PathLike,
@@ -43,8 +53,8 @@ def write_files(
 ) -> None:
     """Write a configuration and its tensors into a directory, which is made if need be.
 
-    The pair replaces an older one. Should the process die on the way, `read_files` finds the older
-    pair whole; where an exception is raised, the files themselves are as they were.
+    The pair replaces an older one. Should an exception be raised or the process die on the way,
+    `read_files` finds either the older pair or the new one, whole.
 
     Args:
         directory: where to.
@@ -66,39 +76,36 @@ def write_files(
         buffer = io.BytesIO()
         torch.save(copies, buffer)
         payload = buffer.getvalue()
-    text = json.dumps(config, indent=2, sort_keys=True)
+    # weights that wait for this file must not count for an older one that says the same
+    text = json.dumps({**config, _WRITE_ID: uuid.uuid4().hex}, indent=2, sort_keys=True).encode()
 
     directory.mkdir(parents=True, exist_ok=True)
-    new_weights = directory / (files.safetensors if use_safetensors else files.pickle)
-    old_config = directory / files.config
-    old_weights = [p for p in (directory / name for name in files[1:]) if p.exists()]
-    with contextlib.ExitStack() as temporary:
-        weights_file = temporary.enter_context(_temporary(new_weights, payload))
-        config_file = temporary.enter_context(_temporary(old_config, text.encode()))
-        backups = {}
+    config_path = directory / files.config
+    weights_path = directory / (files.safetensors if use_safetensors else files.pickle)
+    pending = _pending_path(weights_path, text)
+    superseded = [path for name in files[1:] if (path := directory / name) != weights_path]
+    if config_path.exists():  # an interrupted write may have left its weights pending
+        old_text = config_path.read_bytes()
+        superseded += [_pending_path(directory / name, old_text) for name in files[1:]]
+    # each _sync: a power cut must not keep a later step without an earlier one
+    with (
+        _temporary(weights_path, payload) as weights_file,
+        _temporary(config_path, text) as config_file,
+    ):
         try:
-            if old_config.exists():
-                for path in old_weights:
-                    backups[path] = _back_up(path, old_config.read_bytes())
-            # a power cut must not keep a later step without an earlier one
+            os.replace(weights_file, pending)
             _sync(directory)
-            os.replace(weights_file, new_weights)
-            _sync(directory)
-            os.replace(config_file, old_config)  # from here on the new pair counts
-        except BaseException:
-            if config_file.exists():  # not moved: the old pair still counts
-                for path, backup in backups.items():
-                    with contextlib.suppress(OSError):  # read_files finds the backup in its place
-                        os.replace(backup, path)
-                        # where both are links to one file, replace leaves both
-                        backup.unlink(missing_ok=True)
-                if new_weights not in old_weights:
-                    new_weights.unlink(missing_ok=True)
-            raise
+            os.replace(config_file, config_path)  # from here on the new pair counts
+        finally:
+            if config_file.exists():  # not moved: the older pair counts, and is as it was
+                pending.unlink(missing_ok=True)
+            else:
+                _sync(directory)
+                for path in superseded:
+                    path.unlink(missing_ok=True)
+                _sync(directory)
+                os.replace(pending, weights_path)
     _sync(directory)
-    superseded = [path for path in old_weights if path != new_weights]
-    for path in (*backups.values(), *superseded):
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -115,19 +122,9 @@ def _temporary(target: Path, data: bytes) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _backup_path(weights: Path, config: bytes) -> Path:
-    """Where the weights that belong to a configuration are kept while both are replaced."""
-    return weights.with_name(f".{weights.name}.{hashlib.sha256(config).hexdigest()[:16]}.old")
-
-
-def _back_up(weights: Path, config: bytes) -> Path:
-    backup = _backup_path(weights, config)
-    if not backup.exists():  # one that an interrupted write left is what counts
-        try:
-            os.link(weights, backup)
-        except OSError:  # a file system without links
-            shutil.copyfile(weights, backup)
-    return backup
+def _pending_path(weights: Path, config: bytes) -> Path:
+    """Where the weights that belong to a configuration wait for their place."""
+    return weights.with_name(f".{weights.name}.{hashlib.sha256(config).hexdigest()[:16]}.new")
 
 
 def _sync(directory: Path) -> None:
@@ -143,6 +140,8 @@ def read_files(
     directory: str | os.PathLike, files: FileNames, use_safetensors: bool | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a configuration and its tensors, on the CPU.
+
+    The files of a write that was interrupted are read as well, with a warning in the log.
 
     Args:
         directory: where from.
@@ -162,18 +161,27 @@ def read_files(
     data = config_path.read_bytes()
     try:
         config = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_path}: not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{config_path}: expected a JSON object; got {type(config).__name__}")
 
-    formats = {None: files[1:], True: (files.safetensors,), False: (files.pickle,)}
-    paths = [directory / name for name in formats[use_safetensors]]
-    for path in (*(_backup_path(path, data) for path in paths), *paths):
+    config.pop(_WRITE_ID, None)
+    weights = {name: directory / name for name in files[1:]}
+    pending = {name: _pending_path(path, data) for name, path in weights.items()}
+    for name, path in pending.items():
         if path.is_file():
-            return config, _read_tensors(path, files.pickle in path.name)
-    expected = " or ".join(path.name for path in paths)
-    raise FileNotFoundError(f"directory: no {expected} in {str(directory)!r}")
+            logger.warning(
+                "%s: a write was interrupted; reading %s, which belongs to %s, in place of %s",
+                directory, path.name, files.config, name,
+            )  # fmt: skip
+            weights = pending
+    formats = {None: files[1:], True: (files.safetensors,), False: (files.pickle,)}
+    names = formats[use_safetensors]
+    for name in names:
+        if weights[name].is_file():
+            return config, _read_tensors(weights[name], name == files.pickle)
+    raise FileNotFoundError(f"directory: no {' or '.join(names)} in {str(directory)!r}")
 
 
 def _existing_directory(directory: str | os.PathLike) -> Path:

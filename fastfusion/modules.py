@@ -163,7 +163,9 @@ class AdapterFusion(nn.Module):
         # half precision cannot hold 50 - 0.05: the temperature moves along, its dtype stays
         precise = self.temperature
         super()._apply(fn, recurse)
-        if precise is not None:
+        if precise is not None and precise.is_meta:
+            self.reset_temperature()
+        elif precise is not None:
             self.temperature = precise.to(self.temperature.device)
         return self
 

@@ -754,12 +754,18 @@ def test_meta_shapes(backend):
     [
         (
             dict(w_down=torch.zeros(21, 37)),
-            r"w_down: expected 22 rows for sizes \[5, 1, 16\]; got 21",
+            r"w_down: expected \[22, 37\]; got \[21, 37\]",
         ),
-        (dict(x0=torch.zeros(37, 36)), r"x\[0\]: expected \[T, 37\]; got \[37, 36\]"),
-        (dict(x0=torch.zeros(2, 3, 37)), r"x\[0\]: expected \[T, 37\]; got \[2, 3, 37\]"),
+        (dict(x0=torch.zeros(37, 36)), r"x\[0\]: expected \[37, 37\]; got \[37, 36\]"),
+        (dict(x0=torch.zeros(2, 3, 37)), r"mask: expected \[2, 3\]"),
         (dict(w_score=None), r"w_score: needed to weigh 3 adapters; got None"),
-        (dict(w_out=torch.zeros(24, 37)), r"w_out: expected 25 rows or more; got 24"),
+        (dict(w_out=torch.zeros(24, 37)), r"w_out: expected \[25, 37\]; got \[24, 37\]"),
+        (dict(w_out=torch.zeros(25, 8)), r"w_out: expected \[25, 37\]; got \[25, 8\]"),
+        (dict(b_down=torch.zeros(1)), r"b_down: expected \[22\]; got \[1\]"),
+        (dict(b_score=torch.zeros(3)), r"b_score: expected .*; got \[3\]"),
+        (dict(residual=torch.zeros(1, 37)), r"residual: expected \[37, 37\]; got \[1, 37\]"),
+        (dict(query=torch.zeros(2, 37)), r"query: expected \[37, 37\]; got \[2, 37\]"),
+        (dict(score_offset=torch.zeros(1)), r"score_offset: expected \[37\]; got \[1\]"),
         (dict(mask=torch.zeros(37, 2)), r"mask: expected \[37, 3\]; got \[37, 2\]"),
     ],
 )

@@ -352,6 +352,39 @@ def test_model_adapters_config_by_names_of_the_map():
     assert record.fusion_names == {"a,b": ["a", "b"]}
 
 
+def test_model_adapters_config_by_names_with_changes():
+    record = ModelAdaptersConfig.from_dict(
+        {"adapters": {"a": "seq_bn[reduction_factor=4]"}, "fusions": {"a": "static[query=False]"}}
+    )
+    assert record.adapters == {"a": SeqBnConfig(reduction_factor=4)}
+    assert record.fusions == {"a": StaticAdapterFusionConfig(query=False)}
+    with pytest.raises(NotImplementedError, match=r"adapters\['a'\]: 'lora'"):
+        ModelAdaptersConfig.from_dict({"adapters": {"a": "lora"}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "map_name"), [("adapters", "config_map"), ("fusions", "fusion_config_map")]
+)
+def test_model_adapters_config_opens_no_file(kind, map_name, tmp_path, monkeypatch):
+    config = {"adapters": SeqBnConfig(), "fusions": StaticAdapterFusionConfig()}[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    monkeypatch.chdir(tmp_path)
+    for specifier in (str(path), "config.json", None, 3, config.to_dict()):
+        with pytest.raises(ValueError, match=rf"{kind}\['zz'\]: expected"):
+            ModelAdaptersConfig.from_dict({kind: {"zz": specifier}})
+    for mapped in (str(path), "config.json", 3, [1]):
+        with pytest.raises(ValueError, match=rf"{map_name}\['x'\]: expected a mapping"):
+            ModelAdaptersConfig.from_dict({kind: {"zz": "x"}, map_name: {"x": mapped}})
+
+
+def test_deeply_nested_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"config\.json' is not a JSON file"):
+        AdapterConfig.load(path)
+
+
 def test_model_adapters_config_equal_hashes():
     record = ModelAdaptersConfig()
     record.adapters = {

@@ -1,7 +1,10 @@
 """What concerns the C++ backend alone; parity over all backends is in test_adapter_fusion.py."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,20 +151,29 @@ def test_single_adapter(padding, norm, poisoned_empty):
     assert_like_truth(weights, 70, 24, norm=norm)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_threads_do_not_change_the_bits(norm, set_threads):
+@pytest.fixture(params=[False, True], ids=["plain", "norm"])
+def with_one_and_two_threads(request, set_threads):
+    """(name, result with one thread, with two) for the outputs and gradients of one call."""
     weights = packed([48] * 3 + [17], [1, 2, 3, 4], 256)
     results = []
     for threads in (1, 2):
         set_threads(threads)
-        results.append(forward_and_backward(cpp_backend, weights, 1500, 256, norm=norm))
-    for name, one in results[0].items():
-        two = results[1][name]
-        if name.startswith("dw"):
-            # one product over all rows: the BLAS may split that sum over its threads
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-        else:
+        results.append(forward_and_backward(cpp_backend, weights, 1500, 256, norm=request.param))
+    return [(name, one, results[1][name]) for name, one in results[0].items()]
+
+
+def test_threads_do_not_change_the_bits_of_outputs_inputs_and_biases(with_one_and_two_threads):
+    for name, one, two in with_one_and_two_threads:
+        if not name.startswith("dw"):
             assert torch.equal(one, two), name
+
+
+def test_threads_change_the_weight_gradients_by_rounding_alone(with_one_and_two_threads):
+    for name, one, two in with_one_and_two_threads:
+        if name.startswith("dw"):
+            # one product over all rows, a sum of 1500 terms that the BLAS may split over its
+            # threads: another order of the same sum, so a few fp32 roundings apart
+            assert relative_error(one, two.double()) < 1e-6, name
 
 
 def test_the_same_bits_again():
@@ -226,10 +238,8 @@ def test_gradient_through_a_query_that_is_one_of_several_inputs():
         torch.testing.assert_close(one, two)
 
 
-@pytest.mark.parametrize("code", range(NATIVE_ACTIVATIONS))
-def test_activations_are_as_accurate_as_torch(code):
-    points = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([-1e4, -0.0, 0.0, 1e-6, 1e4])])
-    x = points.unsqueeze(-1)
+def value_and_slope(code, x):
+    """An activation and its derivative at every `x` [T, 1], through the two ops."""
     one, zero = torch.ones(1, 1), torch.zeros(1)
     weights = (one, zero, None, None, torch.tensor([[1.0], [0.0]]), None)
     value, _ = cpp_backend.adapter_fusion([x], None, None, *weights, None, None, [1], [code])
@@ -237,6 +247,14 @@ def test_activations_are_as_accurate_as_torch(code):
         torch.ones_like(x), [x], None, *weights, None, torch.empty(0), [1], [code],
         [True, False, False, False, False, False],
     )  # fmt: skip
+    return value, slope[0]
+
+
+@pytest.mark.parametrize("code", range(NATIVE_ACTIVATIONS))
+def test_activations_are_as_accurate_as_torch(code):
+    points = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([-1e4, -0.0, 0.0, 1e-6, 1e4])])
+    x = points.unsqueeze(-1)
+    value, slope = value_and_slope(code, x)
     activation, exact = ACTIVATIONS[code], x.double()
     expected = activation.forward(exact)
     torch_error = (activation.forward(x).double() - expected).abs() / (1 + expected.abs())
@@ -245,7 +263,20 @@ def test_activations_are_as_accurate_as_torch(code):
     assert error.max() <= max(torch_error.max().item(), 2.4e-7)
     expected = activation.backward(torch.ones_like(exact), exact)
     torch_error = (activation.backward(torch.ones_like(x), x).double() - expected).abs()
-    assert (slope[0].double() - expected).abs().max() <= max(2 * torch_error.max().item(), 5e-7)
+    assert (slope.double() - expected).abs().max() <= max(2 * torch_error.max().item(), 5e-7)
+
+
+@pytest.mark.parametrize("code", range(NATIVE_ACTIVATIONS))
+def test_activations_of_huge_inputs(code):
+    # |x| from 88 on: where exp overflows
+    points = torch.tensor([88.0, 88.5, 89.0, 100.0, 1e4, 1e19, 1e20, 1e36, 3e38])
+    x = torch.cat([points, -points]).unsqueeze(-1)
+    value, slope = value_and_slope(code, x)
+    # fp64: torch's own fp32 gives inf for gelu(3e38) and nan for the slope of gelu_new
+    activation, exact = ACTIVATIONS[code], x.double()
+    torch.testing.assert_close(value.double(), activation.forward(exact), rtol=3e-7, atol=1e-30)
+    expected = activation.backward(torch.ones_like(exact), exact)
+    torch.testing.assert_close(slope.double(), expected, rtol=3e-7, atol=1e-30)
 
 
 def test_nan_and_infinite_inputs_are_seen():
@@ -339,7 +370,8 @@ def test_bf16_against_torch_in_bf16(bf16_products, norm, sizes, poisoned_empty):
                 pair = torch.tensor([relative_error(o, e), relative_error(p, e)])
                 errors[name] = errors.get(name, 0) + pair / draws
     for name, (error, plain_error) in errors.items():
-        assert error <= 1.5 * plain_error, name
+        # torch rounds the sum of residual and mixture once less
+        assert error <= 2 * plain_error, name
 
 
 @pytest.mark.parametrize("adapters", [2, 8])
@@ -407,20 +439,65 @@ def test_refusals():
     [("residual", [1, 8]), ("query", [4, 8]), ("score_offset", [4, 1]), ("b_down", [3])],
 )
 def test_wrong_shapes_never_reach_the_memory(name, shape):
-    weights = packed([4, 2], [1, 1], 8)
-    inputs = {"query": None, "residual": None, "score_offset": None}
-    if name in inputs:
-        inputs[name] = torch.zeros(shape)
-    else:
-        weights = weights._replace(**{name: torch.zeros(shape)})
-    with torch.no_grad(), pytest.raises(RuntimeError, match=f"{name}: expected a contiguous"):
-        adapter_fusion([torch.randn(3, 8)], weights=weights, backend="cpp", **inputs)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a contiguous"):
+        call_op(**{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("shape", [[], [48], [6, 8, 1]])
+@pytest.mark.parametrize("name", ["x", "w_down", "w_score", "w_out"])
+def test_matrices_of_other_dimensions_are_refused(name, shape):
+    value = torch.zeros(shape)
+    named = "the input" if name == "x" else name
+    with pytest.raises(RuntimeError, match=f"{named}: expected two dimensions"):
+        call_op(**{name: [value] if name == "x" else value})
+
+
+def test_no_input_is_refused():
+    with pytest.raises(RuntimeError, match="x: expected one tensor or more; got none"):
+        call_op(x=[])
+
+
+@pytest.mark.parametrize(
+    "sizes", [[4, 1], [4, 3], [7, -1], [-1, 7], [2**63 - 1, 7], [4, 2**63 - 1], [-(2**63), 6]]
+)
+def test_wrong_sizes_are_refused(sizes):
+    with pytest.raises(RuntimeError, match=r"sizes: expected .*the sum 6") as error:
+        call_op(sizes=sizes)
+    assert f"got {sizes}" in str(error.value)
+
+
+@pytest.mark.parametrize("wanted", ["query", "score_offset"])
+def test_a_single_adapter_has_no_gradient_for_the_query_or_the_offset(wanted):
+    weights = packed([4], [1], 8, scored=False)
+    *tensors, sizes, activations = weights
+    needs = [False, wanted == "query", False, False, False, wanted == "score_offset"]
+    x = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match="needs: without w_score neither query nor score_offset"):
+        cpp_backend.adapter_fusion_backward(
+            x, [x], x, *tensors, None, torch.empty(0), sizes, activations, needs
+        )
+
+
+def call_op(**changed):
+    """`adapter_fusion_cpu` with correct arguments but for `changed`, below the Python checks."""
+    *tensors, sizes, activations = packed([4, 2], [1, 1], 8)
+    names = ("w_down", "b_down", "w_score", "b_score", "w_out", "temperature")
+    arguments = {
+        "x": [torch.randn(3, 8)],
+        "query": None,
+        "residual": None,
+        **dict(zip(names, tensors, strict=True)),
+        "mask": None,
+        "score_offset": None,
+        "sizes": sizes,
+        "activations": activations,
+    }
+    return torch.ops.fastfusion.adapter_fusion_cpu(*(arguments | changed).values())
 
 
 def test_the_messages_name_no_build_directory():
-    weights = packed([4], [1], 8)
-    with torch.no_grad(), pytest.raises(RuntimeError) as error:
-        adapter_fusion([torch.randn(3, 8)], None, torch.zeros(1, 8), weights, backend="cpp")
+    with pytest.raises(RuntimeError) as error:
+        call_op(residual=torch.zeros(1, 8))
     assert " csrc/cpu/adapter_fusion.cpp:" in str(error.value)
 
 
@@ -437,3 +514,28 @@ else:
     raise SystemExit("imported")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_failed_compile_leaves_no_earlier_library(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    shutil.copy(root / "setup.py", tmp_path)
+    for source in root.glob("csrc/**/*.cpp"):
+        broken = tmp_path / source.relative_to(root)
+        broken.parent.mkdir(parents=True, exist_ok=True)
+        broken.write_text("#error broken\n")
+    earlier = tmp_path / "fastfusion" / "_C.abi3.so"
+    earlier.parent.mkdir()
+    earlier.touch()
+    # the surroundings may require the extension
+    environment = {k: v for k, v in os.environ.items() if k != "FASTFUSION_REQUIRE_EXT"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = {"cwd": tmp_path, "capture_output": True, "text": True}
+    result = subprocess.run(build, env=environment, **run)
+    assert result.returncode == 0, result.stderr
+    assert "installing without the C++ extension: the compiler failed" in result.stderr
+    assert not earlier.exists()
+    earlier.touch()
+    required = subprocess.run(build, env=environment | {"FASTFUSION_REQUIRE_EXT": "1"}, **run)
+    assert required.returncode != 0
+    assert "FASTFUSION_REQUIRE_EXT=1, but the compiler failed" in required.stderr
+    assert earlier.exists()

@@ -668,3 +668,36 @@ def test_compile(mode, ids):
         _, fusion = next(m.model_adapters.fusion_modules(fuse.name))
         fusion.settle_temperature()
         assert fusion.temperature.item() == pytest.approx(49.95 if mode == "train" else 50.0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_bytes_kept_for_the_backward(dropout):
+    """Per token and place they grow by N floats, by 2N with dropout on the scores, and no more."""
+
+    def kept(count: int) -> int:
+        model = BertModel(tiny.CONFIGS["bert"])
+        fastfusion.init(model)
+        names = [f"a{i}" for i in range(count)]
+        for name in names:
+            model.add_adapter(name, "seq_bn[reduction_factor=16]")
+        model.add_adapter_fusion(names, {"dropout_prob": dropout})
+        model.train_adapter_fusion(Fuse(*names))
+        ids = tiny.ids(5, 19)  # no weight has 95 rows
+        sizes: dict[int, int] = {}
+
+        def pack(tensor):
+            # what depends on the tokens: the rebuilt packs are weights
+            if ids.numel() in tensor.shape or tuple(tensor.shape[:2]) == (5, 19):
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(ids).last_hidden_state
+        assert output.requires_grad
+        return sum(sizes.values())
+
+    layers, tokens, floats = 2, 5 * 19, 2 if dropout else 1
+    for few, many in ((2, 3), (2, 16)):
+        grown = kept(many) - kept(few)
+        assert grown == layers * tokens * (many - few) * floats * 4

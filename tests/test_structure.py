@@ -22,7 +22,7 @@ LEVELS: list[list[str]] = [
     ["modules", "packing", "lowering"],
     ["mixture"],
     ["layer"],
-    ["heads", "files"],
+    ["heads"],
     ["serialization"],
     ["patching"],
     ["model"],

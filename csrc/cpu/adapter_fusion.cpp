@@ -1,6 +1,7 @@
-// Forward and backward of the two ops on a CPU: block after block of rows, the matrix products by
-// PyTorch's BLAS and between them one vectorised pass (row_passes.h), so that a block's
-// intermediate values stay in cache and nothing of size [T, N, H] exists.
+// Forward and backward of the two ops on a CPU: the matrix products by PyTorch's BLAS and between
+// them one vectorised pass over the rows (row_passes.h). Nothing of size [T, N, H] exists. Rows are
+// taken in blocks to bound the memory of what does, not to keep it in cache: blocks small enough for
+// that measured slower (kBlockRows).
 //
 // Products run outside parallel regions: the BLAS has threads of its own. Every split of work here
 // depends on the shapes alone, sums are taken in a fixed order and there are no atomics: the same
@@ -105,6 +106,14 @@ void expect(const OptionalTensor& tensor, const char* name, std::vector<int64_t>
             ScalarType dtype) {
   if (tensor) expect(*tensor, name, std::move(shape), dtype);
 }
+void expect_matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected two dimensions; got ",
+                  text(tensor.sizes()));
+}
+const Tensor& first_of(const std::vector<Tensor>& x) {
+  STD_TORCH_CHECK(!x.empty(), "x: expected one tensor or more; got none");
+  return x[0];
+}
 
 // `body(first, last)` over ranges of rows, on all threads when there is enough work.
 template <typename Body>
@@ -137,31 +146,42 @@ struct Weights {
 // Checks the weights and the inputs of `rows` rows like `like`.
 Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
                  const std::vector<int64_t>& activations, const Tensor& like) {
-  STD_TORCH_CHECK(like.dim() == 2, "expected inputs of two dimensions; got ", text(like.sizes()));
+  expect_matrix(like, "the input");
+  expect_matrix(w.w_down, "w_down");
+  if (w.w_score) expect_matrix(*w.w_score, "w_score");
+  expect_matrix(w.w_out, "w_out");
   STD_TORCH_CHECK(!sizes.empty() && sizes.size() == activations.size(),
                   "expected one activation per size; got ", sizes.size(), " sizes and ",
                   activations.size(), " activations");
   Mixture m;
+  m.columns = w.w_down.size(0);
   m.adapters = static_cast<int64_t>(sizes.size());
   m.starts.push_back(0);
   for (int64_t i = 0; i < m.adapters; ++i) {
-    const int64_t begin = m.starts.back(), end = begin + sizes[i], code = activations[i];
+    const int64_t begin = m.starts.back(), code = activations[i];
     STD_TORCH_CHECK(code >= 0 && code < kNumActivations, "activations: expected codes below ",
                     kNumActivations, "; got ", code);
-    STD_TORCH_CHECK(sizes[i] >= 0, "sizes: expected no negative one; got ", sizes[i]);
+    // before the sum, which could overflow
+    STD_TORCH_CHECK(sizes[i] >= 0 && sizes[i] <= m.columns - begin,
+                    "sizes: expected none below 0 and the sum ", m.columns,
+                    " (w_down's rows); got ", text(sizes));
+    const int64_t end = begin + sizes[i];
     m.starts.push_back(end);
     if (m.runs.empty() || m.runs.back().activation != code) m.runs.push_back({begin, end, code});
     m.runs.back().end = end;
   }
-  m.columns = m.starts.back();
+  STD_TORCH_CHECK(m.starts.back() == m.columns, "sizes: expected the sum ", m.columns,
+                  " (w_down's rows); got ", text(sizes));
   m.scored = w.w_score.has_value();
   STD_TORCH_CHECK(m.scored == w.b_score.has_value(), "w_score and b_score: expected both or none");
   STD_TORCH_CHECK(m.scored || m.adapters == 1, "w_score: needed to weigh ", m.adapters,
                   " adapters; got None");
 
   const ScalarType dtype = like.scalar_type();
-  const int64_t width = like.size(1), used = m.columns + m.adapters;
-  const auto padded = [&](const Tensor& weight) { return std::max(weight.size(0), used); };
+  const int64_t width = like.size(1);
+  const auto padded = [&](const Tensor& weight) {
+    return std::max(weight.size(0), m.columns + m.adapters);
+  };
   expect(w.w_down, "w_down", {m.columns, width}, dtype);
   expect(w.b_down, "b_down", {m.columns}, ScalarType::Float);
   expect(w.w_out, "w_out", {padded(w.w_out), width}, dtype);
@@ -336,7 +356,7 @@ std::tuple<Tensor, Tensor> adapter_fusion(
     OptionalTensor temperature, OptionalTensor mask, OptionalTensor score_offset,
     std::vector<int64_t> sizes, std::vector<int64_t> activations) {
   const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
-  const Mixture m = describe(weights, sizes, activations, x.at(0));
+  const Mixture m = describe(weights, sizes, activations, first_of(x));
   const Tensor out = torch::stable::empty_like(x[0]);
   const std::vector<int64_t> shape = {out.size(0), out.size(1)};
   expect_inputs(m, x, query, shape);
@@ -430,7 +450,9 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
                    const OptionalTensor& query, const Weights& w, const Tensor& p,
                    const std::vector<int64_t>& sizes, const std::vector<int64_t>& activations,
                    const Needs& needs) {
-  const Mixture m = describe(w, sizes, activations, x.at(0));
+  const Mixture m = describe(w, sizes, activations, first_of(x));
+  STD_TORCH_CHECK(m.scored || !(needs.query || needs.offset),
+                  "needs: without w_score neither query nor score_offset has a gradient");
   const std::vector<int64_t> shape = {x[0].size(0), x[0].size(1)};
   expect_inputs(m, x, query, shape);
   expect(grad_out, "grad_out", shape, x[0].scalar_type());
@@ -578,7 +600,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_fusio
   const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
   const Needs needs{needs_x, false, needs_down, needs_score, needs_out, false};
   return with_dtype(grad_out, [&]<typename T>() {
-    STD_TORCH_CHECK(summed.dim() == 2, "summed: expected two dimensions; got ", text(summed.sizes()));
+    expect_matrix(summed, "summed");
     STD_TORCH_CHECK(ln_before || hidden, "hidden: needed without ln_before; got None");
     const int64_t rows = summed.size(0), width = summed.size(1);
     expect(summed, "summed", {rows, width}, grad_out.scalar_type());

@@ -12,14 +12,15 @@
 
 namespace fastfusion::cpu {
 
-// exp(x); 0 below -87.3 (the last normal result) and exp(88) above 88. NaN stays NaN.
+// exp(x); 0 below -87.3 (the last normal result) and infinity above 88.37 = 127.5 ln(2), where the
+// power of two below becomes the bits of infinity. NaN stays NaN.
 FASTFUSION_INLINE float vexp(float x) {
   constexpr float kLog2e = 1.44269504f;
   constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: no conversion, which
   // would be undefined for NaN.
   constexpr float kRound = 12582912.f;
-  const float clamped = x < -87.3f ? -87.3f : (x > 88.f ? 88.f : x);
+  const float clamped = x < -87.3f ? -87.3f : (x > 89.f ? 89.f : x);
   const float shifted = clamped * kLog2e + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * kLn2High) - n * kLn2Low;
@@ -92,10 +93,11 @@ FASTFUSION_INLINE ValueSlope activate(float x) {
     const Normal normal = vnormal(x);
     return {x * normal.cdf, normal.cdf + x * normal.density};
   } else if constexpr (code == kGeluNew) {
-    // (1 + tanh(u)) / 2 = sigmoid(2 u)
+    // (1 + tanh(u)) / 2 = sigmoid(2 u), exactly 0 or 1 at |x| = 20: clamped, x^2 does not overflow
     constexpr float kTwoSqrtTwoOverPi = 1.59576912f, kCubic = 0.044715f;
-    const float s = vsigmoid(kTwoSqrtTwoOverPi * (x + kCubic * x * x * x));
-    return {x * s, s + x * s * (1.f - s) * kTwoSqrtTwoOverPi * (1.f + 3.f * kCubic * x * x)};
+    const float c = x < -20.f ? -20.f : (x > 20.f ? 20.f : x), square = c * c;
+    const float s = vsigmoid(kTwoSqrtTwoOverPi * (c + kCubic * square * c));
+    return {x * s, s + c * s * (1.f - s) * kTwoSqrtTwoOverPi * (1.f + 3.f * kCubic * square)};
   } else if constexpr (code == kSilu) {
     const float s = vsigmoid(x);
     return {x * s, s * (1.f + x * (1.f - s))};

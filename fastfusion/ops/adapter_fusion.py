@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .activations import ACTIVATIONS
 
 _LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
 
@@ -69,26 +70,38 @@ _register("adapter_fusion_norm", 6, 1)
 _register("adapter_fusion_norm_backward", 8, 1)
 
 
-def _check(x: Tensor, name: str, weights: tuple, sizes: list[int], activations: list[int]) -> None:
-    w_down, _, w_score, _, w_out, _, mask = weights
+def _expect_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is not None and list(tensor.shape) != list(shape):
+        raise ValueError(f"{name}: expected {list(shape)}; got {list(tensor.shape)}")
+
+
+def _check(rows: int, weights: tuple, sizes: list[int], activations: list[int]) -> int:
+    """Raise a ValueError unless the weights fit each other; returns the hidden size.
+
+    Args:
+        weights: w_down, b_down, w_score, b_score, w_out, temperature, mask.
+    """
+    w_down, b_down, w_score, b_score, w_out, temperature, mask = weights
     columns, adapters, hidden_size = sum(sizes), len(sizes), w_down.shape[-1]
-    if x.dim() != 2 or x.shape[-1] != hidden_size:
-        raise ValueError(f"{name}: expected [T, {hidden_size}]; got {list(x.shape)}")
-    if w_down.shape[0] != columns:
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"sizes: expected one or more sizes from 0; got {sizes}")
+    if len(activations) != adapters or not all(0 <= a < len(ACTIVATIONS) for a in activations):
         raise ValueError(
-            f"w_down: expected {columns} rows for sizes {sizes}; got {w_down.shape[0]}"
+            f"activations: expected {adapters} codes below {len(ACTIVATIONS)}; got {activations}"
         )
-    if len(activations) != adapters:
-        raise ValueError(f"activations: expected {adapters}; got {len(activations)}")
     if w_score is None and adapters != 1:
         raise ValueError(f"w_score: needed to weigh {adapters} adapters; got None")
-    for weight_name, weight in (("w_score", w_score), ("w_out", w_out)):
-        if weight is not None and weight.shape[0] < columns + adapters:
-            raise ValueError(
-                f"{weight_name}: expected {columns + adapters} rows or more; got {weight.shape[0]}"
-            )
-    if mask is not None and list(mask.shape) != [x.shape[0], adapters]:
-        raise ValueError(f"mask: expected [{x.shape[0]}, {adapters}]; got {list(mask.shape)}")
+    _expect_shape("w_down", w_down, columns, hidden_size)
+    _expect_shape("b_down", b_down, columns)
+    for name, weight in (("w_score", w_score), ("w_out", w_out)):
+        if weight is not None:
+            # padding rows may follow
+            _expect_shape(name, weight, max(columns + adapters, weight.shape[0]), hidden_size)
+    if w_score is not None:
+        _expect_shape("b_score", b_score, w_score.shape[0])
+    _expect_shape("temperature", temperature)
+    _expect_shape("mask", mask, rows, adapters)
+    return hidden_size
 
 
 def _attention_like(x: Tensor, w_score: Tensor | None, sizes: list[int]) -> Tensor:
@@ -100,15 +113,12 @@ def _attention_like(x: Tensor, w_score: Tensor | None, sizes: list[int]) -> Tens
 @torch.library.register_fake("fastfusion::adapter_fusion", lib=_LIBRARY)
 def _(x, query, residual, *args):
     *weights, score_offset, sizes, activations, backend = args
-    for i, x_i in enumerate(x):
-        _check(x_i, f"x[{i}]", tuple(weights), sizes, activations)
     return x[0].new_empty(x[0].shape), _attention_like(x[0], weights[2], sizes)
 
 
 @torch.library.register_fake("fastfusion::adapter_fusion_norm", lib=_LIBRARY)
 def _(hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *args):
     *weights, sizes, activations, save, backend = args
-    _check(hidden, "hidden", tuple(weights), sizes, activations)
     p = _attention_like(hidden, weights[2], sizes)
     saved = [hidden.new_empty(hidden.shape if save else [0]) for _ in range(2)]
     return hidden.new_empty(hidden.shape), p, *saved
@@ -164,6 +174,8 @@ def _backward_adapter_fusion(ctx, grad_out, _):
     *saved, p = ctx.saved_tensors
     x, query, weights = saved[:num_inputs], saved[num_inputs], saved[num_inputs + 1 :]
     any_x = any(needs_x) if isinstance(needs_x, (list, tuple)) else needs_x
+    if weights[2] is None:  # a single adapter looks at neither
+        needs_query = needs_offset = False
     needs_down, needs_score = any(needs_weights[:2]), any(needs_weights[2:4])
     needs = [any_x, needs_query, needs_down, needs_score, needs_weights[4], needs_offset]
     if grad_out is None:
@@ -318,8 +330,13 @@ def adapter_fusion(
     """
     if len(x) not in (1, len(weights.sizes)):
         raise ValueError(f"x: expected 1 or {len(weights.sizes)} tensors; got {len(x)}")
+    rows = x[0].shape[0]
+    hidden_size = _check(rows, (*weights[:6], mask), weights.sizes, weights.activations)
     for i, x_i in enumerate(x):
-        _check(x_i, f"x[{i}]", (*weights[:6], mask), weights.sizes, weights.activations)
+        _expect_shape(f"x[{i}]", x_i, rows, hidden_size)
+    _expect_shape("query", query, rows, hidden_size)
+    _expect_shape("residual", residual, rows, hidden_size)
+    _expect_shape("score_offset", score_offset, rows)
     *tensors, sizes, activations = weights
     args = (x, query, residual, *tensors, mask, score_offset, sizes, activations)
     if _runs_eagerly():
@@ -361,11 +378,14 @@ def adapter_fusion_norm(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run this.
 
-    Source: SEMANTICS of `adapters` 1.3.0, `adapter_layer.py` and `modeling.py`: pre and post steps.
+    Source: `adapters` 1.3.0, methods/modeling.py: pre_forward and post_forward.
     """
-    _check(hidden, "hidden", (*weights[:6], mask), weights.sizes, weights.activations)
-    if input.shape != hidden.shape:
-        raise ValueError(f"input: expected {list(hidden.shape)}; got {list(input.shape)}")
+    rows = hidden.shape[0]
+    hidden_size = _check(rows, (*weights[:6], mask), weights.sizes, weights.activations)
+    _expect_shape("hidden", hidden, rows, hidden_size)
+    _expect_shape("input", input, rows, hidden_size)
+    _expect_shape("ln_weight", ln_weight, hidden_size)
+    _expect_shape("ln_bias", ln_bias, hidden_size)
     *tensors, sizes, activations = weights
     args = (hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *tensors, mask)
     if _runs_eagerly():

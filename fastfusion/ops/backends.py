@@ -64,6 +64,11 @@ def _warn_without_extension() -> None:
         warnings.warn(f"{reason}; the torch backend serves instead.", stacklevel=2)
 
 
+@functools.cache
+def _note(preferred: str, reason: str) -> None:
+    logger.debug("the torch backend runs what %s cannot: %s", preferred, reason)
+
+
 def choose(backend: str | None, x: Tensor, weights: "PackedWeights") -> str:
     """The backend to run with.
 
@@ -80,6 +85,8 @@ def choose(backend: str | None, x: Tensor, weights: "PackedWeights") -> str:
     preferred = "cpp" if x.device.type == "cpu" else "triton"
     if preferred == "cpp":
         _warn_without_extension()
-    if _refusal(preferred, x, weights) is None:
-        return preferred
-    return "torch"
+    reason = _refusal(preferred, x, weights)
+    if reason is not None:
+        _note(preferred, reason)
+        return "torch"
+    return preferred

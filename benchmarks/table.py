@@ -1,0 +1,106 @@
+"""Write docs/figures.md from the newest records of the benchmarks' results.
+
+python benchmarks/table.py
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+HEAD = """# Figures
+
+Written by `benchmarks/table.py` from `benchmarks/results/`: medians [quartiles] of interleaved rounds in
+one process. "over" is a ratio of times: below 1 is faster, and above 1 is where we lose.
+"""
+
+
+def newest(name: str, mode: str) -> tuple[dict, dict]:
+    """The last record of a file that has results of a mode, and these by their title."""
+    for line in reversed((RESULTS / f"{name}.jsonl").read_text().splitlines()):
+        record = json.loads(line)
+        found = {title: r for title, r in record["results"].items() if mode in title}
+        if found:
+            return record, found
+    raise SystemExit(f"{name}.jsonl: no results of {mode!r}; run benchmarks/bench_{name}.py")
+
+
+def source(record: dict) -> str:
+    versions = [f"{k} {record[k]}" for k in ("torch", "transformers", "adapters") if k in record]
+    return (
+        f"{record['machine']}, {record['threads']} threads, {', '.join(versions)}; commit "
+        f"{record['commit']}, {record['date'][:10]}, {record['rounds']} rounds"
+    )
+
+
+def spread(quartiles: list[float], digits: int = 2) -> str:
+    low, middle, high = (f"{q:.{digits}f}" for q in quartiles)
+    return f"{middle} [{low}, {high}]"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def one_place() -> list[str]:
+    record, _ = newest("adapter_fusion", "forward")
+    lines = []
+    for mode in ("forward", "forward+backward", "bf16 forward"):
+        found = {t: r for t, r in record["results"].items() if t.endswith(f" {mode}")}
+        rows = []
+        for title, results in found.items():
+            for provider, result in results.items():
+                floor = result.get("over_products")
+                error = result["relative_error"]
+                rows.append(
+                    [
+                        title.split()[0],
+                        provider,
+                        spread(result["ms"], 1),
+                        "" if floor is None else spread(floor),
+                        f"{1 / result['over_reference'][1]:.1f}x",
+                        "" if error is None else f"{error:.0e}",
+                    ]
+                )
+        lines += [f"One place, T=1024, H=768, d=48, {mode}:", ""]
+        header = ["", "", "ms", "over its three products", "literal / this", "error (fp64)"]
+        lines += table(header, rows)
+    return [*lines, f"({source(record)})", ""]
+
+
+def whole_model(mode: str, columns: list[str], text: str) -> list[str]:
+    record, found = newest("model", mode)
+    lines = []
+    for title, results in found.items():
+        rows = []
+        for name, result in results.items():
+            cells = [name, spread(result["ms"], 1)]
+            for column in columns:
+                value = result.get(column, "")
+                cells.append(spread(value) if isinstance(value, list) else str(value))
+            rows.append(cells)
+        lines += [f"{text}, {title.removeprefix(mode).strip()}:", ""]
+        lines += table(["", "ms", *(column.replace("_", " ") for column in columns)], rows)
+    return [*lines, f"({source(record)})", ""]
+
+
+def main() -> None:
+    lines = [
+        *one_place(),
+        *whole_model("forward", ["over_bare"], "BERT-base, evaluation"),
+        *whole_model(
+            "training step",
+            ["adapters_over_this", "saved_mib"],
+            "One training step of the fusion, BERT-base with 4 layers",
+        ),
+    ]
+    (ROOT / "docs" / "figures.md").write_text(HEAD + "\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
