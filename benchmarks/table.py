@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Figures
 
-Written by `benchmarks/table.py` from `benchmarks/results/`: medians [quartiles] of interleaved rounds in
-one process. "over" is a ratio of times: below 1 is faster, and above 1 is where we lose.
+Written by `benchmarks/table.py` from `benchmarks/results/`: medians [quartiles] of interleaved
+rounds in one process. "over" is a ratio of times: below 1 is faster, and above 1 is where we lose.
 """
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         *whole_model("forward", ["over_bare"], "BERT-base, evaluation"),
         *whole_model(
             "training step",
-            ["adapters_over_this", "saved_mib"],
+            ["literal_over_this", "saved_mib"],
             "One training step of the fusion, BERT-base with 4 layers",
         ),
     ]
