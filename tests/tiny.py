@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     BertConfig,
-    BertModel,
     DistilBertConfig,
     ElectraConfig,
     RobertaConfig,
@@ -59,7 +59,7 @@ def add_fusion(model: nn.Module, names: str = "abc", config: str = "double_seq_b
 
 
 def bert(names: str = "abc", config: str = "double_seq_bn", **kwargs) -> nn.Module:
-    model = BertModel(CONFIGS["bert"], **kwargs).eval()
+    model = AutoModel.from_config(CONFIGS["bert"], **kwargs).eval()
     randomize_norms(model)
     fastfusion.init(model)
     add_fusion(model, names, config)
