@@ -666,7 +666,11 @@ def test_compile(mode, ids):
     for name, parameter in other.named_parameters():
         assert (parameter.grad is None) == (expected[name].grad is None), name
         if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
+            # the compiled graph sums in another order: rounding, measured by the whole gradient
+            scale = expected[name].grad.abs().max().item()
+            torch.testing.assert_close(
+                parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4 * scale + 1e-6
+            )
     for m in (model, other):
         _, fusion = next(m.model_adapters.fusion_modules(fuse.name))
         fusion.settle_temperature()
