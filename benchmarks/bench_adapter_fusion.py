@@ -214,10 +214,10 @@ def main() -> None:
         for adapters in ADAPTERS:
             results = compare(adapters, mode, arguments.rounds)
             show(adapters, mode, results)
-            record["results"][f"N={adapters} {mode}"] = results
-    record["growth_8_to_16"] = growth(arguments.rounds)
-    print(f"\ncpp, N=16 over N=8: {record['growth_8_to_16'][1]:.2f}x")
-    measure.append(arguments.json, record)
+            measure.append(arguments.json, {**record, "results": {f"N={adapters} {mode}": results}})
+    grown = growth(arguments.rounds)
+    print(f"\ncpp, N=16 over N=8: {grown[1]:.2f}x")
+    measure.append(arguments.json, {**record, "growth_8_to_16": grown})
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)

@@ -188,15 +188,14 @@ def main() -> None:
             results = compare_forward(
                 (batch, length), arguments.rounds, arguments.layers, arguments.compile
             )
-            record["results"][title] = results
+            measure.append(arguments.json, {**record, "results": {title: results}})
             show(title, results)
     if arguments.only != "forward":
         for batch, length in TRAINING_SHAPES:
             title = f"training step B={batch} S={length}"
             results = compare_training((batch, length), arguments.rounds)
-            record["results"][title] = results
+            measure.append(arguments.json, {**record, "results": {title: results}})
             show(title, results)
-    measure.append(arguments.json, record)
 
 
 @pytest.mark.parametrize("count", ADAPTERS)

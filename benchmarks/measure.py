@@ -90,7 +90,7 @@ def parser(description: str, name: str, rounds: int) -> argparse.ArgumentParser:
 def start(arguments: argparse.Namespace) -> dict[str, Any]:
     """Set the threads; the record that the results go into."""
     torch.set_num_threads(arguments.threads)
-    return {**environment(), "rounds": arguments.rounds, "results": {}}
+    return {**environment(), "rounds": arguments.rounds}
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

@@ -16,13 +16,16 @@ rounds in one process. "over" is a ratio of times: below 1 is faster, and above 
 
 
 def newest(name: str, mode: str) -> tuple[dict, dict]:
-    """The last record of a file that has results of a mode, and these by their title."""
-    for line in reversed((RESULTS / f"{name}.jsonl").read_text().splitlines()):
+    """The newest record of each title that ends or starts with a mode; and the newest of all."""
+    found, last = {}, None
+    for line in (RESULTS / f"{name}.jsonl").read_text().splitlines():
         record = json.loads(line)
-        found = {title: r for title, r in record["results"].items() if mode in title}
-        if found:
-            return record, found
-    raise SystemExit(f"{name}.jsonl: no results of {mode!r}; run benchmarks/bench_{name}.py")
+        for title, results in record.get("results", {}).items():
+            if title.startswith(mode) or title.partition(" ")[2] == mode:
+                found[title], last = results, record
+    if last is None:
+        raise SystemExit(f"{name}.jsonl: no results of {mode!r}; run benchmarks/bench_{name}.py")
+    return last, found
 
 
 def source(record: dict) -> str:
@@ -48,10 +51,9 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def one_place() -> list[str]:
-    record, _ = newest("adapter_fusion", "forward")
     lines = []
     for mode in ("forward", "forward+backward", "bf16 forward"):
-        found = {t: r for t, r in record["results"].items() if t.endswith(f" {mode}")}
+        record, found = newest("adapter_fusion", mode)
         rows = []
         for title, results in found.items():
             for provider, result in results.items():
