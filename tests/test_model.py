@@ -159,13 +159,18 @@ def test_dtypes(model, ids, dtype):
 
 
 def test_autocast(model, ids):
-    expected = run(model, ids)
+    """Error against fp32: at most twice that of the literal formulas under the same autocast."""
+    truth, errors = run(model, ids), {}
+    for backend in (None, "reference"):
+        model.set_backend(backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors[backend] = (run(model, ids).float() - truth).norm()
+    # packs in bf16 round at other places than the literal products
+    assert 0 < errors[None] <= 2 * errors["reference"]
+    model.set_backend(None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = run(model, ids)
         model.train_adapter_fusion(FUSE)
         model(ids).last_hidden_state.sum().backward()
-    # two layers of bf16 products with values around one
-    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.15)
     for _, fusion in model.model_adapters.fusion_modules("a,b,c"):
         assert fusion.query.weight.grad.dtype == torch.float32
 
