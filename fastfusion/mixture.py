@@ -225,7 +225,7 @@ class Mixture:
         temperature = None if self.fusion is None else self.fusion.temperature
         # traced code cannot look into the cache, and a mask is there in training alone
         if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
-            return self.packed(absorbed, like).weights(tensors, temperature)
+            return self.packed_weights(absorbed, like, tensors, temperature)
         self._packs.drop()
         _check_like(tensors, like)
         parameters = self._parameters()
@@ -239,13 +239,18 @@ class Mixture:
         cast = [t if t is None else t.to(like.dtype) for t in weights[:5]]
         return PackedWeights(*cast, scaled(temperature, weights.temperature), *weights[6:])
 
-    def packed(self, absorbed: bool, like: Tensor) -> Pack:
+    def packed_weights(
+        self, absorbed: bool, like: Tensor, tensors: list[Tensor], temperature: Tensor | None
+    ) -> PackedWeights:
         """The cached weights of a form, for rows of the dtype of `like`."""
-        return self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
+        pack = self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
+        scalings = [adapter.__dict__.get("scaling") for adapter in self.adapters]
+        return pack.weights(tensors, scalings, temperature)
 
     def _make_pack(self, absorbed: bool, like: Tensor) -> Pack:
         _check_like(self._tensors(), like)
-        return Pack(functools.partial(_build, self._parameters(), absorbed), like.dtype)
+        # weak: packs are kept by their mixture, and go with it
+        return Pack(functools.partial(_build, weakref.ref(self), absorbed), like.dtype)
 
     def _packed_arguments(self, absorbed: bool, tensors: list[Tensor]) -> tuple:
         temperature = None if self.fusion is None else self.fusion.temperature
@@ -253,8 +258,8 @@ class Mixture:
         return tensors, temperature, count, self.handle, absorbed, self._settings.backend
 
 
-def _build(parameters: absorb.Parameters, absorbed: bool, tensors: Sequence[Tensor]):
-    return absorb.pack(parameters.with_tensors(tensors), absorbed)
+def _build(mixture: "weakref.ref[Mixture]", absorbed: bool, tensors: Sequence[Tensor]):
+    return absorb.pack(mixture()._parameters().with_tensors(tensors), absorbed)
 
 
 def _autocast_dtype(like: Tensor) -> torch.dtype | None:
@@ -306,14 +311,14 @@ _LIBRARY.define(
 
 
 def _adapter_fusion_packed(x, query, residual, tensors, temperature, _, mixture, absorbed, backend):
-    weights = _mixtures[mixture].packed(absorbed, x[0]).weights(tensors, temperature)
+    weights = _mixtures[mixture].packed_weights(absorbed, x[0], tensors, temperature)
     with torch.no_grad():
         return adapter_fusion(x, query, residual, weights, backend=backend)
 
 
 def _adapter_fusion_norm_packed(hidden, input, *args):
     *norm, tensors, temperature, _, mixture, absorbed, backend = args
-    weights = _mixtures[mixture].packed(absorbed, hidden).weights(tensors, temperature)
+    weights = _mixtures[mixture].packed_weights(absorbed, hidden, tensors, temperature)
     with torch.no_grad():
         return adapter_fusion_norm(hidden, input, *norm, weights, backend=backend)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .absorb import Attention, Bottleneck
 from .configuration import AdapterFusionConfig, BnConfig
@@ -43,6 +44,22 @@ _INITIALIZERS: dict[str, tuple[Callable, Callable]] = {
     "houlsby": (_init_houlsby, _init_houlsby),
 }
 """init_weights -> how down and up start (He et al. 2022; Houlsby et al. 2019)."""
+
+
+def _weights(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """The weight and bias of a projection, without the cost of attribute lookup where possible."""
+    parameters = linear._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:
+        # torch.nn.utils.parametrize keeps the class and computes the weight at every access; a
+        # wrapper or a pre-hook would compute it in a forward that is never called here
+        if isinstance(linear, nn.Linear) and not linear._forward_pre_hooks:
+            return linear.weight, linear.bias
+        raise TypeError(
+            "adapters: expected every projection to be a torch.nn.Linear without pre-hooks; got "
+            f"{type(linear).__module__}.{type(linear).__qualname__}"
+        ) from None
 
 
 class Adapter(nn.Module):
@@ -101,12 +118,15 @@ class Adapter(nn.Module):
         )
 
     def tensors(self) -> list[Tensor]:
-        """The tensors of `bottleneck()`, in its order: what a forward looks at every time."""
+        """The tensors of `bottleneck()`, in its order: what a forward looks at every time.
+
+        Raises:
+            TypeError: a projection was replaced by something that is not a `torch.nn.Linear`.
+        """
         modules = self._modules
-        down, up = modules["adapter_down"]._modules, modules["adapter_up"]._parameters
+        down, up = modules["adapter_down"]._modules, modules["adapter_up"]
         has_norm = len(down) == 2
-        linear = down["1" if has_norm else "0"]._parameters
-        tensors = [linear["weight"], linear["bias"], up["weight"], up["bias"]]
+        tensors = [*_weights(down["1" if has_norm else "0"]), *_weights(up)]
         if "scaling" in self._parameters:
             tensors.append(self._parameters["scaling"])
         if has_norm:
@@ -186,9 +206,9 @@ class AdapterFusion(nn.Module):
         tensors: list[Tensor] = []
         for name in ("query", "key"):
             if name in modules:
-                tensors += [modules[name]._parameters["weight"], modules[name]._parameters["bias"]]
+                tensors += _weights(modules[name])
         if "value" in modules:
-            tensors.append(modules["value"]._parameters["weight"])
+            tensors.append(_weights(modules["value"])[0])
         return tensors
 
     def count_step(self) -> None:
@@ -254,4 +274,8 @@ def check_module_name(name: str, argument: str = "name") -> None:
 
 def parameters_by_name(module: nn.Module) -> dict[str, Tensor]:
     """The module's parameters under the names that files use, as the reference takes them."""
-    return dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for path, part in module.named_modules():
+        if is_parametrized(part):
+            parameters |= {f"{path}.{name}": getattr(part, name) for name in part.parametrizations}
+    return parameters

@@ -4,9 +4,10 @@ A pack is built in fp32 (fp64 for fp32 models) and cast once; while its paramete
 is used again, and when they change it is refreshed in place: CUDA graphs keep their addresses.
 
 A pack is stale when one of its parameters is another object, lies elsewhere in memory, has another
-version, or when any `torch.optim` optimizer has made a step since (fused optimizers do not move
-versions). `train()`, `eval()`, `to()`, `load_state_dict()` and a recorded forward drop it. Writes
-through `.data` leave no trace: call `fastfusion.refresh(model)` after them.
+version, when a fixed scaling has another value, or when any `torch.optim` optimizer has made a step
+since (fused optimizers do not move versions). `train()`, `eval()`, `to()`, `load_state_dict()` and
+a recorded forward drop it. Writes through `.data` leave no trace: call `fastfusion.refresh(model)`
+after them.
 """
 
 import weakref
@@ -62,20 +63,23 @@ class Pack:
         # kept alive, so that nothing else can get one of their ids or addresses
         self._sources: list[Any] = []
         self._is_lent = False
-        self._state: list[int] = []
+        self._state: list[Any] = []
 
-    def weights(self, sources: list[Tensor], temperature: Tensor | None) -> PackedWeights:
+    def weights(
+        self, sources: list[Tensor], constants: list[Any], temperature: Tensor | None
+    ) -> PackedWeights:
         """The packed weights of these parameters, rebuilt if they are stale.
 
         Args:
             sources: the parameters, in the order that `build` expects.
+            constants: what else `build` reads.
             temperature: of the fusion, []; not part of the pack, since it moves while training.
 
         Raises:
             OverflowError: a packed weight is not representable in the parameters' dtype.
         """
         state = [*map(id, sources), *map(Tensor.data_ptr, sources), *_versions(sources)]
-        state.append(_optimizer_steps)
+        state += [*constants, _optimizer_steps]
         if self._weights is None or state != self._state:
             self._weights = self._refreshed(sources)
             self._sources = [*sources, *(t.untyped_storage() for t in sources)]

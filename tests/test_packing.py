@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
+from torch.nn.utils.parametrize import register_parametrization
 
 import fastfusion
 from fastfusion import absorb, packing
@@ -25,6 +26,11 @@ def output(model, ids, backend=None):
     model.set_backend(backend)
     with torch.no_grad():
         return model(ids).last_hidden_state
+
+
+@torch.no_grad()
+def cached(mixture):
+    return mixture.packed_weights(True, torch.zeros(1), mixture._tensors(), None)
 
 
 def check_fresh(model, ids, before):
@@ -112,6 +118,12 @@ def recorded_forward_after_data(model):
     model(tiny.ids())
 
 
+def other_scaling(model):
+    for adapters in model.get_adapter("a").values():
+        for adapter in adapters.values():
+            adapter.scaling = 3
+
+
 def another_adapter_of_the_name(model):
     model.add_adapter("a", "double_seq_bn[reduction_factor=2]", overwrite_ok=True)
     tiny.randomize(model)
@@ -131,6 +143,7 @@ CHANGES = [
     there_and_back,
     refresh_after_data,
     recorded_forward_after_data,
+    other_scaling,
     another_adapter_of_the_name,
 ]
 
@@ -165,6 +178,44 @@ def test_parameters_made_in_inference_mode():
         check_fresh(model, ids, before)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_parametrized_projections(model):
+    """Computed at every access: gradients flow to what they are computed from."""
+    ids = tiny.ids()
+    before = output(model, ids)
+    adapter = model.get_adapter("a")[0]["output_adapter"]
+    fusion = model.model_adapters.layers[0].adapter_fusion_layer["a,b,c"]
+    register_parametrization(adapter.adapter_up, "weight", Doubled())
+    register_parametrization(fusion.key, "weight", Doubled())
+    check_fresh(model, ids, before)
+    originals = [m.parametrizations.weight.original for m in (adapter.adapter_up, fusion.key)]
+    gradients = {}
+    for backend in (None, "reference"):
+        model.set_backend(backend)
+        loss = model(ids).last_hidden_state.square().sum()
+        gradients[backend] = torch.autograd.grad(loss, originals)
+    torch.testing.assert_close(gradients[None], gradients["reference"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda up: nn.Sequential(up),
+        lambda up: prune.l1_unstructured(up, "weight", 0.5),
+    ],
+    ids=["wrapper", "pruned"],
+)
+def test_projections_that_compute_in_their_forward_are_refused(model, replace):
+    adapter = model.get_adapter("a")[0]["output_adapter"]
+    adapter.adapter_up = replace(adapter.adapter_up)
+    with pytest.raises(TypeError, match="adapters: expected every projection to be a torch.nn.L"):
+        output(model, tiny.ids())
+
+
 def test_packs_are_used_again_and_refreshed_in_place(model, monkeypatch):
     calls = []
     original = absorb.pack
@@ -175,12 +226,11 @@ def test_packs_are_used_again_and_refreshed_in_place(model, monkeypatch):
     output(model, ids)
     assert len(calls) == len(model.model_adapters.layers)
     mixture = model.model_adapters.layers[0].steps[0].mixture
-    pack = mixture.packed(True, torch.zeros(1))
-    first = [t.data_ptr() for t in pack._weights[:5]]
+    first = [t.data_ptr() for t in cached(mixture)[:5]]
     add_in_place(model)
     output(model, ids)
     assert len(calls) == 2 * len(model.model_adapters.layers)
-    assert [t.data_ptr() for t in pack._weights[:5]] == first
+    assert [t.data_ptr() for t in cached(mixture)[:5]] == first
 
 
 def test_copies_have_packs_of_their_own(model):
@@ -241,8 +291,7 @@ def test_packs_are_built_in_twice_the_precision():
     """fp32 parameters, products of three matrices: the pack is the fp64 product, rounded once."""
     model = tiny.bert()
     mixture = model.model_adapters.layers[0].steps[0].mixture
-    pack = mixture.packed(True, torch.zeros(1))
-    weights = pack.weights(mixture._tensors(), None)
+    weights = cached(mixture)
     tensors = [t.detach().double() for t in mixture._tensors()]
     exact = absorb.pack(mixture._parameters().with_tensors(tensors), True)
     for name in ("w_down", "w_score", "b_score", "w_out"):
