@@ -37,6 +37,8 @@ class Bottleneck(NamedTuple):
     """[H]"""
     activation: int
     """A code of `fastfusion.ops.activations`."""
+    weight: float = 1.0
+    """In a sum with constant weights."""
 
 
 class Attention(NamedTuple):
@@ -50,7 +52,7 @@ class Attention(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """What makes one mixture: adapters and, unless it is a single one, the attention over them."""
+    """What makes one mixture: adapters and, under a Fuse, the attention over them."""
 
     adapters: list[Bottleneck]
     attention: Attention | None
@@ -87,14 +89,15 @@ def _down(adapters: Sequence[Bottleneck]) -> tuple[Tensor, Tensor]:
 
 def _up(adapters: Sequence[Bottleneck]) -> Tensor:
     """The scaled up-projections as rows [D + N, H]: U_1^T .. U_N^T, then u, padded with zeros."""
-    unscaled = [isinstance(a.scaling, float) and a.scaling == 1.0 for a in adapters]
+    factors = [a.scaling if a.weight == 1.0 else a.scaling * a.weight for a in adapters]
+    unscaled = [isinstance(factor, float) and factor == 1.0 for factor in factors]
     rows = [
-        a.w_up.t() if plain else a.w_up.t() * a.scaling
-        for a, plain in zip(adapters, unscaled, strict=True)
+        a.w_up.t() if plain else a.w_up.t() * factor
+        for a, factor, plain in zip(adapters, factors, unscaled, strict=True)
     ]
     biases = [
-        (a.b_up if plain else a.b_up * a.scaling).unsqueeze(0)
-        for a, plain in zip(adapters, unscaled, strict=True)
+        (a.b_up if plain else a.b_up * factor).unsqueeze(0)
+        for a, factor, plain in zip(adapters, factors, unscaled, strict=True)
     ]
     used = sum(row.shape[0] for row in rows) + len(biases)
     padding = rows[0].new_zeros(-used % _ROW_MULTIPLE, rows[0].shape[1])
@@ -105,9 +108,9 @@ def _shape(adapters: Sequence[Bottleneck]) -> tuple[list[int], list[int]]:
     return [a.w_down.shape[0] for a in adapters], [a.activation for a in adapters]
 
 
-def pack_single(adapter: Bottleneck) -> PackedWeights:
-    """One adapter with weight 1: `residual + act(x D^T + b) U^T + u`."""
-    return PackedWeights(*_down([adapter]), None, None, _up([adapter]), None, *_shape([adapter]))
+def pack_sum(adapters: Sequence[Bottleneck]) -> PackedWeights:
+    """One adapter, or a sum: `residual + sum_i weight_i (act(x D_i^T + b_i) U_i^T + u_i)`."""
+    return PackedWeights(*_down(adapters), None, None, _up(adapters), None, *_shape(adapters))
 
 
 def pack_absorbed(adapters: Sequence[Bottleneck], attention: Attention) -> PackedWeights:
@@ -153,7 +156,7 @@ def pack_factored(adapters: Sequence[Bottleneck]) -> PackedWeights:
 def pack(parameters: Parameters, absorbed: bool) -> PackedWeights:
     """The packed weights of a mixture: alone, absorbed or factored."""
     if parameters.attention is None:
-        return pack_single(*parameters.adapters)
+        return pack_sum(parameters.adapters)
     if absorbed:
         return pack_absorbed(parameters.adapters, parameters.attention)
     return pack_factored(parameters.adapters)

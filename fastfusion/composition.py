@@ -1,8 +1,10 @@
 """Composition blocks: how hidden states flow through the adapters of a model.
 
-`Stack` and `Fuse` so far; which block may stand in which is the table `_ALLOWED_CHILDREN`.
+Which block may stand in which is the table `_ALLOWED_CHILDREN`.
 """
 
+import functools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Union
@@ -59,7 +61,7 @@ class AdapterCompositionBlock:
         return hash((type(self), self._identity()))
 
     def _identity(self) -> tuple:
-        return self.children, tuple(sorted(self.parameters.items()))
+        return self.children, repr(sorted(self.parameters.items()))
 
     def __repr__(self) -> str:
         arguments = [repr(child) for child in self.children]
@@ -75,6 +77,11 @@ class AdapterCompositionBlock:
         """The name of the last adapter, through nested blocks."""
         child = self.children[-1]
         return child if isinstance(child, str) else child.last()
+
+    @property
+    def parallel_channels(self) -> int:
+        """How many copies of the batch leave the block."""
+        return max(1 if isinstance(child, str) else child.parallel_channels for child in self)
 
     def flatten(self) -> set[str]:
         """The names of all adapters in the tree."""
@@ -96,19 +103,25 @@ class AdapterCompositionBlock:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Setup:
-        """The tree that `to_dict` wrote.
+        """The tree that `to_dict` wrote, here or in `adapters`.
 
         Raises:
-            ValueError: an unknown block type.
+            ValueError: an unknown block type, or arguments that the block does not take.
         """
         if data["type"] == "single":
             return data["children"][0]
         for block in _ALLOWED_CHILDREN:
             if block.__name__ == data["type"]:
-                children = [cls.from_dict(child) for child in data["children"]]
-                return block(*children, **data.get("kwargs", {}))
+                return block._from_data([cls.from_dict(child) for child in data["children"]], data)
         known = ", ".join(block.__name__ for block in _ALLOWED_CHILDREN)
         raise ValueError(f"type: expected single or one of {known}; got {data['type']!r}")
+
+    @classmethod
+    def _from_data(cls, children: list[Setup], data: dict[str, Any]) -> "AdapterCompositionBlock":
+        try:
+            return cls(*children, **data.get("kwargs", {}))
+        except TypeError as error:
+            raise ValueError(f"kwargs: {error}") from None
 
 
 class Stack(AdapterCompositionBlock):
@@ -134,22 +147,202 @@ class Fuse(AdapterCompositionBlock):
 
     @property
     def name(self) -> str:
+        """The fusion layer's name."""
         if self._name is not None:
             return self._name
         return ",".join(child if isinstance(child, str) else child.last() for child in self)
 
 
-_ALLOWED_CHILDREN: dict[type, tuple[type, ...]] = {Stack: (Fuse,), Fuse: (Stack,)}
+def _sizes(kind: str, argument: str, sizes: Sequence[int] | int, count: int) -> list[int]:
+    """One size for each child: a single number stands for all of them."""
+    listed = [sizes] * count if isinstance(sizes, int) else list(sizes)
+    is_valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in listed)
+    if len(listed) != count or not is_valid:
+        raise ValueError(
+            f"{argument}: expected {count} sizes from 0, one for each child of the {kind}; "
+            f"got {sizes!r}"
+        )
+    return listed
 
 
-def _check_depth(block: Setup, level: int = 0) -> None:
-    """Below the top a Stack holds names only: Stack(a, Fuse(b, Stack(c, d))) is the deepest."""
+class Split(AdapterCompositionBlock):
+    """One part of the sequence for each child.
+
+    Args:
+        children: adapter names, or Split, Stack, BatchSplit or Average blocks.
+        splits: the parts' lengths in tokens, or one length for all; their sum must be the length of
+            every input.
+        split_index: in place of `splits`, with two children: where the second one begins. The
+            length is open.
+
+    Raises:
+        ValueError: not exactly one of the two, or sizes that do not fit the children.
+    """
+
+    def __init__(
+        self,
+        *children: Setup,
+        splits: Sequence[int] | int | None = None,
+        split_index: int | None = None,
+    ):
+        super().__init__(*children)
+        if (splits is None) == (split_index is None):
+            raise ValueError(
+                f"Split: expected either splits or split_index; got splits={splits!r} and "
+                f"split_index={split_index!r}"
+            )
+        if split_index is not None:
+            if len(children) != 2:
+                raise ValueError(f"split_index: expected two children; got {len(children)}")
+            _sizes("Split", "split_index", [split_index, 0], 2)
+        self.splits = None if splits is None else _sizes("Split", "splits", splits, len(children))
+        self.split_index = split_index
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"splits": self.splits, "split_index": self.split_index}
+
+
+class BatchSplit(AdapterCompositionBlock):
+    """One part of the batch for each child.
+
+    Args:
+        children: adapter names, or Stack, Split, BatchSplit or Average blocks.
+        batch_sizes: the parts' sizes in rows, or one size for all; their sum must be the size of
+            every batch.
+
+    Raises:
+        ValueError: sizes that do not fit the children.
+    """
+
+    def __init__(self, *children: Setup, batch_sizes: Sequence[int] | int):
+        super().__init__(*children)
+        self.batch_sizes = _sizes("BatchSplit", "batch_sizes", batch_sizes, len(children))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"batch_sizes": self.batch_sizes}
+
+
+class Parallel(AdapterCompositionBlock):
+    """A copy of the batch for each child, one behind the other (Rückle et al. 2021)."""
+
+    @property
+    def parallel_channels(self) -> int:
+        return len(self.children)
+
+
+class MultiTask(AdapterCompositionBlock):
+    """For each row the child that the forward's `task_ids` name."""
+
+
+class Average(AdapterCompositionBlock):
+    """The weighted sum of what the children make of the same input.
+
+    Args:
+        children: adapter names, or Stack, Split or BatchSplit blocks.
+        weights: one for each child; equal ones by default.
+        normalize_weights: divide the weights by their sum.
+        peer_scaling: divide by the number of children once more, as `adapters` 1.3.0 does.
+
+    Raises:
+        ValueError: weights that do not fit the children, or a sum of 0 to divide by.
+    """
+
+    def __init__(
+        self,
+        *children: Setup,
+        weights: Sequence[float] | None = None,
+        normalize_weights: bool = True,
+        peer_scaling: bool = False,
+    ):
+        super().__init__(*children)
+        given = [1.0] * len(children) if weights is None else [float(w) for w in weights]
+        if len(given) != len(children) or not all(map(math.isfinite, given)):
+            raise ValueError(
+                f"weights: expected {len(children)} finite numbers, one for each child of the "
+                f"Average; got {weights!r}"
+            )
+        total = sum(given) if normalize_weights or weights is None else 1.0
+        if total == 0.0:
+            raise ValueError(f"weights: expected a sum other than 0 to divide by; got {weights!r}")
+        self.weights = [weight / total for weight in given]
+        self.peer_scaling = peer_scaling
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"weights": self.weights, "normalize_weights": False} | (
+            {"peer_scaling": True} if self.peer_scaling else {}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        # beside the arguments, where adapters does not look
+        data["peer_scaling"] = data["kwargs"].pop("peer_scaling", False)
+        return data
+
+    @classmethod
+    def _from_data(cls, children: list[Setup], data: dict[str, Any]) -> "Average":
+        if "peer_scaling" not in data:
+            _note_peer_scaling()
+        arguments = {"peer_scaling": data.get("peer_scaling", True), **data.get("kwargs", {})}
+        return super()._from_data(children, {"kwargs": arguments})
+
+
+@functools.cache
+def _note_peer_scaling() -> None:
+    warnings.warn(
+        "An Average written by `adapters` is read with peer_scaling=True: it divides by the number "
+        "of children twice.",
+        stacklevel=2,
+    )
+
+
+_ALLOWED_CHILDREN: dict[type, tuple[type, ...]] = {
+    Stack: (Fuse, Split, Parallel, BatchSplit, Average, MultiTask),
+    Fuse: (Stack,),
+    Split: (Split, Stack, BatchSplit, Average),
+    Parallel: (Stack, BatchSplit, Average),
+    MultiTask: (Stack, Average, Fuse),
+    BatchSplit: (Stack, Split, BatchSplit, Average),
+    Average: (Stack, Split, BatchSplit),
+}
+
+
+def _check(
+    block: Setup, level: int = 0, length: int | None = None, rows: int | None = None
+) -> None:
+    """What a block's own arguments cannot show: the depth, and parts of parts that do not fit.
+
+    Args:
+        level: how many blocks are around this one.
+        length, rows: of the part of the sequence and of the batch that it gets, where known.
+    """
     if isinstance(block, str):
         return
+    if level > 1 and not isinstance(block, Stack):
+        raise ValueError(f"setup: expected names or Stacks below two blocks; got {block!r}")
     if level > 0 and isinstance(block, Stack) and not all(isinstance(c, str) for c in block):
         raise ValueError(f"setup: a Stack inside another block may hold names only; got {block!r}")
-    for child in block:
-        _check_depth(child, level + 1)
+    lengths: list[int | None] = [length] * len(block)
+    counts: list[int | None] = [rows] * len(block)
+    if isinstance(block, Split):
+        first = block.split_index
+        if block.splits is not None:
+            lengths = list(block.splits)
+        else:
+            lengths = [first, None if length is None else length - first]
+        _check_sum("splits", block, None if None in lengths else lengths, length)
+    elif isinstance(block, BatchSplit):
+        counts = list(block.batch_sizes)
+        _check_sum("batch_sizes", block, counts, rows)
+    for child, length_, rows_ in zip(block, lengths, counts, strict=True):
+        _check(child, level + 1, length_, rows_)
+
+
+def _check_sum(argument: str, block: Setup, parts: list | None, whole: int | None) -> None:
+    if parts is not None and whole is not None and (sum(parts) != whole or min(parts) < 0):
+        raise ValueError(f"{argument}: expected a sum of {whole}, the part that {block!r} gets")
 
 
 def parse_composition(setup: Any, level: int = 0) -> AdapterCompositionBlock | None:
@@ -158,12 +351,16 @@ def parse_composition(setup: Any, level: int = 0) -> AdapterCompositionBlock | N
     Args:
         setup: a name (a Stack of one), a block, None or an empty sequence (no adapters), or, with a
             FutureWarning, nested sequences: a Stack outside, a Fuse one level in, Stacks below.
+        level: how deep in such sequences this one is.
+
+    Returns:
+        The block, or None for no adapters.
 
     Raises:
         ValueError: a forbidden or too deep nesting, or something that is none of these.
     """
     if isinstance(setup, AdapterCompositionBlock):
-        _check_depth(setup)
+        _check(setup)
         return setup
     if isinstance(setup, str):
         return Stack(setup)
@@ -185,6 +382,6 @@ def parse_composition(setup: Any, level: int = 0) -> AdapterCompositionBlock | N
         ]
         parsed = block(*children)
         if level == 0:
-            _check_depth(parsed)
+            _check(parsed)
         return parsed
     raise ValueError(f"setup: expected a name, a block, a list or None; got {setup!r}")

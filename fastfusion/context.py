@@ -66,6 +66,8 @@ class ForwardContext:
             for each `[fusion][layer][location]`.
         output_adapter_gating_scores: collect `adapter_gating_scores`, a tensor [B] for each
             `[adapter][layer][location]`.
+        row_setups: distinct setups, one of which each row has.
+        row_numbers: [B], integers: which of `row_setups`, or of a MultiTask's children, a row has.
     """
 
     ARGUMENTS = ("output_adapter_fusion_attentions", "output_adapter_gating_scores")
@@ -75,9 +77,13 @@ class ForwardContext:
         self,
         output_adapter_fusion_attentions: bool = False,
         output_adapter_gating_scores: bool = False,
+        row_setups: tuple[AdapterCompositionBlock | None, ...] | None = None,
+        row_numbers: Tensor | None = None,
     ):
         self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
         self.output_adapter_gating_scores = output_adapter_gating_scores
+        self.row_setups = row_setups
+        self.row_numbers = row_numbers
         self._records: dict[str, dict] = {}
         self._outer: ForwardContext | None = None
 
@@ -95,9 +101,13 @@ class ForwardContext:
         return getattr(_local, "forward", None)
 
     def record(self, output: str, name: str, layer_idx: int, location: str, value: Tensor) -> None:
-        """Note a value of one place, detached: no copy and no wait for the device."""
+        """Note a value of one place, detached: no copy and no wait for the device.
+
+        Where rows or tokens go different ways, each way's values are zero for all others.
+        """
         layers = self._records.setdefault(output, {}).setdefault(name, {})
-        layers.setdefault(layer_idx, {})[location] = value.detach()
+        places, value = layers.setdefault(layer_idx, {}), value.detach()
+        places[location] = places[location] + value if location in places else value
 
     def outputs(self) -> dict[str, dict[str, dict[int, dict[str, Tensor]]]]:
         """What was asked for, by output name: `[name][layer][location]`."""

@@ -1,23 +1,23 @@
-"""One place of a model's layer where adapters may sit: from its plan to calls of the mixtures."""
+"""One place of a model's layer where adapters may sit: its modules, its plans, its forward."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
 from .composition import AdapterCompositionBlock
 from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup, ForwardContext
-from .lowering import Stage, lower
+from .lowering import Branch, Lane, Plan, Region, Stage, lower, lower_rows
 from .mixture import Mixture
-from .modules import Adapter, AdapterFusion, NamedModules, parameters_by_name
+from .modules import Adapter, NamedModules
 from .packing import PackCache
+from .steps import Around, State, Step, score_mask
 
 _KEPT_PLANS = 8
-"""Plans of `AdapterSetup` contexts that a place keeps, with their packed weights."""
+"""Plans of other setups than the active one that a place keeps, with their packed weights."""
 
 
 class PlaceSettings(Protocol):
@@ -26,14 +26,44 @@ class PlaceSettings(Protocol):
     config: ModelAdaptersConfig
     backend: str | None
 
+    def copies_batch(self, place: "AdapterLayer") -> bool: ...
 
-class Step(NamedTuple):
-    """A stage of the plan with the modules that it names."""
 
-    stage: Stage
-    mixture: Mixture
-    before: list[list["Step"] | None]
-    """For each branch of a Fuse: the steps of a child Stack in front of it, or None."""
+class BoundLane(NamedTuple):
+    """A lane with the modules that it names."""
+
+    region: Region
+    steps: list[Step]
+    last: Adapter | None
+
+
+class BoundPlan(NamedTuple):
+    """A plan with the modules that it names."""
+
+    plan: Plan
+    lanes: list[BoundLane]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no adapter runs."""
+        return not any(lane.steps for lane in self.lanes)
+
+
+class Part(NamedTuple):
+    """Where a lane's rows and tokens lie in the hidden states."""
+
+    rows: slice | Tensor
+    tokens: slice
+
+    def of(self, value: Tensor) -> Tensor:
+        """That part of a tensor [B, S, ...]."""
+        return value[self.rows, self.tokens]
+
+    def spread(self, value: Tensor, shape: Sequence[int], has_tokens: bool) -> Tensor:
+        """A tensor over all rows, and tokens where it has them, with zeros beside the part."""
+        full = value.new_zeros(*shape[: 2 if has_tokens else 1], *value.shape[1 + has_tokens :])
+        full[(self.rows, self.tokens) if has_tokens else self.rows] = value
+        return full
 
 
 class AdapterLayer:
@@ -52,41 +82,84 @@ class AdapterLayer:
         self.packs = PackCache()
         self.adapters = NamedModules(self.packs.drop)
         self.adapter_fusion_layer = NamedModules(self.packs.drop)
-        self.steps: list[Step] = []
-        self._plans: dict[AdapterCompositionBlock | None, list[Step]] = {}
+        self.plan = BoundPlan(Plan((Lane(),)), [BoundLane(Region(), [], None)])
+        self._plans: dict[Hashable, BoundPlan] = {}
+
+    # -- plans ----------------------------------------------------------------------------------
 
     def lower(
-        self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int]
-    ) -> list[Step]:
+        self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
+    ) -> BoundPlan:
         """What a setup is at this place, with the modules that it names.
 
         Raises:
             ValueError: a Fuse of the setup has no fusion layer here.
         """
-        if self.layer_idx in skip_layers:
-            return []
-        return [self._step(stage) for stage in lower(setup, self.adapters.__contains__)]
+        skips = self.layer_idx in skip_layers
+        return self._bind(lower(None if skips else setup, self.adapters.__contains__))
 
-    def activate(self, steps: list[Step]) -> None:
-        """Run these steps from now on; plans of other setups are forgotten."""
-        self.steps = steps
+    def lower_rows(
+        self, setups: Sequence[AdapterCompositionBlock | None], skip_layers: Sequence[int] = ()
+    ) -> BoundPlan:
+        """The same for one of several setups for each row."""
+        skips = self.layer_idx in skip_layers
+        setups = [None] * len(setups) if skips else setups
+        return self._bind(lower_rows(setups, self.adapters.__contains__))
+
+    def activate(self, plan: BoundPlan) -> None:
+        """Run this plan from now on; plans of other setups are forgotten."""
+        self.plan = plan
         self._plans = {}
 
-    def _current_steps(self) -> list[Step]:
-        context = AdapterSetup.get_context()
-        if context is None:
-            return self.steps
-        setup = context.adapter_setup
-        steps = self._plans.get(setup)
-        if steps is None:
-            steps = self.lower(setup, self.settings.config.skip_layers)
-            if len(self._plans) >= _KEPT_PLANS:
-                # the oldest goes, and its packs with it
-                self._plans.pop(next(iter(self._plans)), None)
-            self._plans[setup] = steps
-        return steps
+    def current_plan(self) -> BoundPlan:
+        """The plan of this forward: of its rows' setups, of a context, or the active one."""
+        context = ForwardContext.get_context()
+        if context is not None and context.row_setups is not None:
+            return self._kept_plan(context.row_setups, self.lower_rows)
+        setup = AdapterSetup.get_context()
+        return self.plan if setup is None else self._kept_plan(setup.adapter_setup, self.lower)
 
-    def _step(self, stage: Stage) -> Step:
+    def _kept_plan(self, key: Hashable, make) -> BoundPlan:
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            plan = make(key, self.settings.config.skip_layers)
+            if len(self._plans) >= _KEPT_PLANS:
+                # the one that was used longest ago goes, and its packs with it
+                self._plans.pop(next(iter(self._plans)), None)
+        self._plans[key] = plan
+        return plan
+
+    def _bind(self, plan: Plan) -> BoundPlan:
+        mixtures: dict[Stage, Mixture] = {}
+        lanes = [
+            BoundLane(
+                lane.region,
+                [self._step(stage, mixtures) for stage in lane.stages],
+                None if lane.last is None else self.adapters[lane.last],
+            )
+            for lane in plan.lanes
+        ]
+        return BoundPlan(plan, lanes)
+
+    def _step(self, stage: Stage, mixtures: dict[Stage, Mixture]) -> Step:
+        pre = [self.adapters[name] for name in stage.pre]
+        if stage.plans:
+            plans = [self._bind(plan) for plan in stage.plans]
+            return Step(stage, None, pre, plans=[_Run(self, plan) for plan in plans])
+        key = Stage(stage.branches, stage.fusion, stage.weights)
+        mixture = mixtures.get(key)
+        if mixture is None:
+            mixture = mixtures[key] = self._mixture(stage)
+        before = [self._steps_before(branch, mixtures) for branch in stage.branches]
+        return Step(stage, mixture, pre, before)
+
+    def _steps_before(self, branch: Branch, mixtures: dict[Stage, Mixture]) -> list[Step] | None:
+        if branch.before is None:
+            return None
+        stages = [Stage((Branch(name),), pre=(name,)) for name in branch.before]
+        return [self._step(stage, mixtures) for stage in stages]
+
+    def _mixture(self, stage: Stage) -> Mixture:
         adapters = [self.adapters[branch.adapter] for branch in stage.branches]
         fusion = None
         if stage.fusion is not None:
@@ -96,12 +169,9 @@ class AdapterLayer:
                     f"{self.layer_idx}, where adapters of its Fuse are present"
                 )
             fusion = self.adapter_fusion_layer[stage.fusion]
-        mixture = Mixture(adapters, fusion, self.packs, self.settings)
-        before = [
-            None if branch.before is None else [self._step(Stage.single(n)) for n in branch.before]
-            for branch in stage.branches
-        ]
-        return Step(stage, mixture, before)
+        return Mixture(adapters, fusion, stage.weights, self.packs, self.settings)
+
+    # -- forward --------------------------------------------------------------------------------
 
     def forward(self, hidden: Tensor, input: Tensor, layer_norm: nn.Module | None) -> Tensor:
         """The state behind the sub-layer: residual, LayerNorm and the active adapters.
@@ -110,130 +180,103 @@ class AdapterLayer:
             hidden: [B, S, H], the sub-layer's output.
             input: [B, S, H], the sub-layer's input.
             layer_norm: the model's own, or None.
+
+        Raises:
+            ValueError: the setup asks for another batch size or sequence length.
         """
-        steps = self._current_steps()
-        if not steps:
-            summed = hidden + input
-            return summed if layer_norm is None else layer_norm(summed)
-        state = hidden
-        for step in steps[:-1]:
-            state = self._run(step, state, input, layer_norm)
-        last = steps[-1]
-        if self._takes_norm(last, state, layer_norm):
-            mixture = last.mixture
+        plan = self.current_plan()
+        around = Around(input, layer_norm, self.settings.backend == "reference", self._record)
+        if plan.plan.is_whole:
+            return self._run_whole(plan.lanes[0], hidden, around)
+        channels = plan.plan.channels
+        if channels > 1 and self.settings.copies_batch(self):
+            hidden, input = (t.repeat(channels, 1, 1) for t in (hidden, input))
+            around = around._replace(input=input)
+        plan.plan.check(hidden.shape[0] // channels, hidden.shape[1])
+        return self._run_lanes(plan, State(hidden, input), around, self._finish)
+
+    def _run_whole(self, lane: BoundLane, hidden: Tensor, around: Around) -> Tensor:
+        if not lane.steps:
+            return self._finish(lane, hidden, hidden, around)
+        state = State(hidden, around.input)
+        for step in lane.steps[:-1]:
+            state = step.run(state, around)
+        step, mixture = lane.steps[-1], lane.steps[-1].mixture
+        if (
+            not around.is_literal
+            and step.is_one_mixture()
+            and mixture.takes_norm(state.hidden, around.layer_norm)
+        ):
             mask = None
             if mixture.fusion is not None:
-                mask = _score_mask(mixture.fusion, state, len(mixture.adapters))
-            out, attention = mixture.run_norm(state, input, layer_norm, mask)
-            self._report(last.stage, attention)
+                mask = score_mask(mixture.fusion, state.hidden, len(mixture.adapters))
+            out, attention = mixture.run_norm(state.hidden, around.input, around.layer_norm, mask)
+            step.report(attention, around)
             return out
-        state = self._run(last, state, input, layer_norm)
-        return reference.adapter_post(state, hidden, input, layer_norm, last.mixture.config)
+        state = step.run(state, around)
+        return self._finish(lane, state.hidden, hidden, around)
 
-    def _takes_norm(self, step: Step, state: Tensor, layer_norm: nn.Module | None) -> bool:
-        mixture = step.mixture
-        if self._is_literal or any(before is not None for before in step.before):
-            return False
-        if mixture.fusion is None:
-            if not mixture.adapters[0].is_plain():
-                return False
-        elif any(map(_drops_path, mixture.adapters)):
-            return False
-        return mixture.takes_norm(state, layer_norm)
+    def _finish(self, lane: BoundLane, output: Tensor, hidden: Tensor, around: Around) -> Tensor:
+        """The post step of a lane's last adapter; without one, what the model does."""
+        if lane.last is not None:
+            config = lane.last.config
+            return reference.adapter_post(output, hidden, around.input, around.layer_norm, config)
+        summed = hidden + around.input
+        return summed if around.layer_norm is None else around.layer_norm(summed)
 
-    def _run(self, step: Step, state: Tensor, input: Tensor, layer_norm) -> Tensor:
-        if step.mixture.fusion is None:
-            return self._run_single(step, state, input, layer_norm)
-        return self._run_fusion(step, state, input, layer_norm)
+    def run_plan(self, plan: BoundPlan, state: State, around: Around) -> Tensor:
+        """A plan inside another one: no post step of its own."""
+        return self._run_lanes(plan, state, around, lambda lane, output, hidden, around: output)
 
-    def _run_single(self, step: Step, state: Tensor, input: Tensor, layer_norm) -> Tensor:
-        (adapter,) = step.mixture.adapters
-        config = adapter.config
-        x, _, residual = reference.adapter_pre(state, input, layer_norm, config)
-        if self._is_literal:
-            parameters = parameters_by_name(adapter)
-            up = reference.adapter_up(x, parameters, config, adapter.scaling, adapter.training)
-        elif adapter.is_plain():
-            kept = None if config["is_parallel"] else residual
-            return step.mixture.run([_packed_input(adapter, x)], None, kept, None)[0]
-        else:
-            parameters = parameters_by_name(adapter)
-            up, _ = step.mixture.run([_packed_input(adapter, x)], None, None, None)
-            if _drops_path(adapter):
-                up = reference.drop_path(up, config["stochastic_depth"])
-        out, gate = reference.adapter_output(up, x, residual, parameters, config, adapter.training)
-        context = ForwardContext.get_context()
-        if gate is not None and context is not None and context.output_adapter_gating_scores:
-            name = step.stage.branches[0].adapter
-            context.record("adapter_gating_scores", name, self.layer_idx, self.location, gate)
+    def _run_lanes(self, plan: BoundPlan, state: State, around: Around, finish) -> Tensor:
+        out = torch.empty_like(state.hidden)
+        for lane, part in zip(plan.lanes, _parts(plan.plan, state.hidden), strict=True):
+            own_around = around._replace(
+                input=part.of(around.input),
+                record=lambda output, name, value, part=part: around.record(
+                    output,
+                    name,
+                    part.spread(value, state.hidden.shape, output == "adapter_fusion_attentions"),
+                ),
+            )
+            own = start = State(part.of(state.hidden), part.of(state.residual))
+            if own.hidden.numel() == 0:
+                continue
+            for step in lane.steps:
+                own = step.run(own, own_around)
+            out[part.rows, part.tokens] = finish(lane, own.hidden, start.hidden, own_around)
         return out
 
-    def _run_fusion(self, step: Step, state: Tensor, input: Tensor, layer_norm) -> Tensor:
-        fusion, adapters = step.mixture.fusion, step.mixture.adapters
-        x, query, residual = reference.adapter_pre(
-            state, input, layer_norm, step.mixture.config, fusion.config
-        )
-        inputs = []
-        for adapter, before in zip(adapters, step.before, strict=True):
-            branch_x = x
-            if before is not None:
-                for single in before:
-                    branch_x = self._run_single(single, branch_x, input, layer_norm)
-                branch_x = reference.adapter_pre(branch_x, input, layer_norm, adapter.config).hidden
-            inputs.append(branch_x)
-        mask = _score_mask(fusion, x, len(adapters))
-        # stochastic depth has a factor for each row and adapter: no packed weights hold that
-        if self._is_literal or any(map(_drops_path, adapters)):
-            up = [
-                reference.adapter_up(x, parameters_by_name(a), a.config, a.scaling, a.training)
-                for a, x in zip(adapters, inputs, strict=True)
-            ]
-            temperature = 1.0 if fusion.temperature is None else fusion.temperature
-            out, attention = reference.adapter_fusion(
-                query, torch.stack(up, dim=-2), residual, parameters_by_name(fusion),
-                fusion.config, temperature, mask,
-            )  # fmt: skip
-        else:
-            inputs = _packed_inputs(adapters, inputs)
-            shared = len(inputs) == 1 and inputs[0] is query
-            out, attention = step.mixture.run(inputs, None if shared else query, residual, mask)
-        self._report(step.stage, attention)
-        return out
-
-    def _report(self, stage: Stage, attention: Tensor) -> None:
+    def _record(self, output: str, name: str, value: Tensor) -> None:
         context = ForwardContext.get_context()
-        if context is None or not context.output_adapter_fusion_attentions or stage.fusion is None:
-            return
-        place = self.layer_idx, self.location
-        context.record("adapter_fusion_attentions", stage.fusion, *place, attention)
-
-    @property
-    def _is_literal(self) -> bool:
-        return self.settings.backend == "reference"
+        if context is not None and getattr(context, f"output_{output}"):
+            context.record(output, name, self.layer_idx, self.location, value)
 
 
-def _drops_path(adapter: Adapter) -> bool:
-    if not adapter.training:
-        return False
-    return bool(adapter.config["stochastic_depth"]) and not adapter.config["is_parallel"]
+class _Run(NamedTuple):
+    """A child plan as a step runs it."""
+
+    layer: AdapterLayer
+    plan: BoundPlan
+
+    def __call__(self, state: State, around: Around) -> Tensor:
+        return self.layer.run_plan(self.plan, state, around)
 
 
-def _packed_input(adapter: Adapter, x: Tensor) -> Tensor:
-    """What the packed down-projection reads: with `ln_before`, the bare normalised rows."""
-    return F.layer_norm(x, x.shape[-1:]) if adapter.config["ln_before"] else x
-
-
-def _packed_inputs(adapters: list[Adapter], inputs: list[Tensor]) -> list[Tensor]:
-    """One input where all adapters read the same rows, else one for each."""
-    norms = {adapter.config["ln_before"] for adapter in adapters}
-    if len(norms) == 1 and all(x is inputs[0] for x in inputs):
-        return [_packed_input(adapters[0], inputs[0])]
-    return [_packed_input(adapter, x) for adapter, x in zip(adapters, inputs, strict=True)]
-
-
-def _score_mask(fusion: AdapterFusion, like: Tensor, num_adapters: int) -> Tensor | None:
-    """Dropout on the scores, [B, S, N]; under one seed the one that `adapters` draws on a CPU."""
-    if not fusion.training or not fusion.dropout:
-        return None
-    ones = like.new_ones(*like.shape[:-1], num_adapters)
-    return F.dropout(ones, fusion.dropout)
+def _parts(plan: Plan, hidden: Tensor) -> list[Part]:
+    """Where each lane of a plan lies in the hidden states [channels * B, S, H]."""
+    size = hidden.shape[0] // plan.channels
+    numbers = None
+    if plan.tasks is not None:
+        numbers = ForwardContext.get_context().row_numbers.repeat(plan.channels)
+    parts = []
+    for region in (lane.region for lane in plan.lanes):
+        offset = (region.channel or 0) * size
+        start, end = region.rows
+        stop = hidden.shape[0] if region.channel is None else offset + size
+        rows: slice | Tensor = slice(offset + start, stop if end is None else offset + end)
+        if region.task is not None:
+            (found,) = (numbers[rows] == region.task).nonzero(as_tuple=True)
+            rows = found + rows.start
+        parts.append(Part(rows, slice(*region.tokens)))
+    return parts

@@ -25,13 +25,14 @@ _mixtures: "weakref.WeakValueDictionary[int, Mixture]" = weakref.WeakValueDictio
 
 
 class Mixture:
-    """A single adapter, or adapters under a fusion layer, at one place.
+    """A single adapter, or several under constant weights or a fusion layer, at one place.
 
     Made when a setup is activated, so that a forward only gathers parameters and calls the op.
 
     Args:
-        adapters: in the fusion's order; one without a fusion.
+        adapters: in the fusion's order.
         fusion: the fusion layer, or None.
+        weights: one for each adapter; None: one adapter with weight 1, or the fusion's attention.
         packs: the place's packed weights.
         settings: `backend`, as for `fastfusion.init`.
     """
@@ -40,12 +41,14 @@ class Mixture:
         self,
         adapters: Sequence[Adapter],
         fusion: AdapterFusion | None,
+        weights: Sequence[float] | None,
         packs: PackCache,
         settings: "PlaceSettings",
     ):
         self._register()
         self.adapters = list(adapters)
         self.fusion = fusion
+        self.weights = weights
         self._packs = packs
         self._settings = settings
         self._columns = sum(adapter.bottleneck_size for adapter in adapters)
@@ -55,6 +58,7 @@ class Mixture:
         )
         self._shape_takes_norm = (
             reads_sum
+            and weights is None
             and not last["is_parallel"]
             and last["residual_before_ln"] is True
             and last["original_ln_after"]
@@ -85,7 +89,10 @@ class Mixture:
 
     def _parameters(self) -> absorb.Parameters:
         attention = None if self.fusion is None else self.fusion.attention()
-        return absorb.Parameters([adapter.bottleneck() for adapter in self.adapters], attention)
+        adapters = [adapter.bottleneck() for adapter in self.adapters]
+        if self.weights is not None:
+            adapters = [a._replace(weight=w) for a, w in zip(adapters, self.weights, strict=True)]
+        return absorb.Parameters(adapters, attention)
 
     def _is_absorbed(self, hidden: Tensor) -> bool:
         """Whether the op computes the whole mixture; else the fusion's matrices stay outside."""

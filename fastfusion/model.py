@@ -1,6 +1,7 @@
 """What a user calls on a model: `init`, `restore`, and the methods that a patched model has."""
 
 import functools
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference, serialization
+from . import reference, rows, serialization
 from .composition import AdapterCompositionBlock, Fuse, Setup, parse_composition
 from .configuration import (
     LOCATIONS,
@@ -24,6 +25,9 @@ from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
 from .patching import Architecture, architecture_of, patch, unpatch
 from .patching.architectures import Place
+
+_ROW_ARGUMENTS = ("adapter_names", "adapter_ids", "task_ids")
+"""The keyword arguments of a forward that choose a setup for each row."""
 
 
 class ModelAdapters:
@@ -44,6 +48,7 @@ class ModelAdapters:
         )
         self.requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
         self.frozen = False
+        self.routed_setups: dict[AdapterCompositionBlock | None, int] = {}
         self.layers, self.done = patch(base_model, architecture, self._make_layer)
 
     def _make_layer(self, place: Place) -> AdapterLayer:
@@ -53,15 +58,21 @@ class ModelAdapters:
         self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
     ) -> None:
         """Lower a setup at every place and, if that goes well, make it the active one."""
+        rows.needed(setup)
         plans = [layer.lower(setup, skip_layers) for layer in self.layers]
-        for layer, steps in zip(self.layers, plans, strict=True):
-            layer.activate(steps)
+        for layer, plan in zip(self.layers, plans, strict=True):
+            layer.activate(plan)
         self.config.active_setup = setup
         self.config.skip_layers = list(skip_layers)
 
     def update_plans(self) -> None:
         """Lower the active setup again: after a change of modules."""
         self.activate(self.config.active_setup, self.config.skip_layers)
+
+    def copies_batch(self, place: AdapterLayer) -> bool:
+        """Whether a place is the first with a Parallel: until there the batch is one channel."""
+        before = itertools.takewhile(lambda layer: layer is not place, self.layers)
+        return all(layer.current_plan().plan.channels == 1 for layer in before)
 
     def modules(self, name: str) -> Iterator[tuple[AdapterLayer, Adapter]]:
         """An adapter's modules, place by place."""
@@ -492,11 +503,11 @@ class ModelAdaptersMixin:
         Args:
             as_dict: a list of rows in place of a table.
         """
-        rows = []
+        summary = []
         active = set() if self.active_adapters is None else self.active_adapters.flatten()
         for name in self.adapters_config.adapters:
             parameters = [p for _, m in self.model_adapters.modules(name) for p in m.parameters()]
-            rows.append(
+            summary.append(
                 {
                     "name": name,
                     "architecture": "bottleneck",
@@ -506,18 +517,18 @@ class ModelAdaptersMixin:
                 }
             )
         total = sum(p.numel() for p in self.base_model.parameters())
-        total -= sum(row["#param"] for row in rows)
-        for row in rows:
+        total -= sum(row["#param"] for row in summary)
+        for row in summary:
             row["%param"] = row["#param"] / total * 100
-        rows.append(
+        summary.append(
             {"name": "Full model", "#param": total, "%param": 100.0, "train": not self.model_frozen}
         )
         if as_dict:
-            return rows
+            return summary
         line = "{:<25}{:<15}{:>12,}{:>12.3f}{:>8}{:>8}".format
         header = "{:<25}{:<15}{:>12}{:>12}{:>8}{:>8}".format
         columns = ("name", "architecture", "#param", "%param", "active", "train")
-        body = [line(*(row.get(column, "") for column in columns)) for row in rows]
+        body = [line(*(row.get(column, "") for column in columns)) for row in summary]
         table = [header("Name", "Architecture", "#Param", "%Param", "Active", "Train"), *body]
         table[1:1] = table[-1:-1] = ["-" * 80]
         return "\n".join(["=" * 80, *table, "=" * 80])
@@ -527,13 +538,13 @@ class ModelAdaptersMixin:
     def _forward_with_adapters(self, forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A model's forward with what the adapters need around it."""
         asked = {name: kwargs.pop(name) for name in ForwardContext.ARGUMENTS if name in kwargs}
-        setup = AdapterSetup.get_context()
-        if setup is not None:
-            self.model_adapters.check_setup(setup.adapter_setup)
-        fusions = self._cooling_fusions(setup)
+        asked |= self._rows(args, kwargs)
+        setups = self._setups(asked.get("row_setups"))
+        fusions = self._cooling_fusions(setups)
         for fusion in fusions:
             fusion.settle_temperature()
-        context = ForwardContext(**asked) if any(asked.values()) else None
+        is_asked = any(value is not None and value is not False for value in asked.values())
+        context = ForwardContext(**asked) if is_asked else None
         with nullcontext() if context is None else context:
             outputs = forward(*args, **kwargs)
         # train_adapter_fusion puts the base model alone into training mode
@@ -549,14 +560,75 @@ class ModelAdaptersMixin:
                     outputs[name] = value
         return outputs
 
-    def _cooling_fusions(self, context: AdapterSetup | None) -> list[AdapterFusion]:
-        """The modules of the current setup's fusions whose temperature falls."""
-        setup = self.active_adapters if context is None else context.adapter_setup
+    def _rows(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the arguments that say which row has which setup; `ForwardContext`'s for them."""
+        given = {name: kwargs.pop(name, None) for name in _ROW_ARGUMENTS}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"{min(given)}: expected only one of {sorted(given)}")
+        shape = rows.input_shape(args, kwargs)
+        if "adapter_names" in given:
+            setups, numbers = rows.row_numbers(given["adapter_names"], shape)
+        elif "adapter_ids" in given:
+            setups = tuple(self.model_adapters.routed_setups)
+            numbers = rows.checked_numbers(given["adapter_ids"], len(setups), "adapter_ids", shape)
+        else:
+            (setup,) = self._setups(None)
+            rows.check_sizes(setup, shape)
+            numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
+            return {} if numbers is None else {"row_numbers": numbers}
+        for setup in setups:
+            rows.check_sizes(setup, shape)
+        return {"row_setups": setups, "row_numbers": numbers}
+
+    def routing(self, setups: Sequence[Any]) -> Tensor:
+        """Numbers for the rows' setups: `model(**inputs, adapter_ids=ids)` then needs no names.
+
+        Semantics::
+
+            model(**inputs, adapter_ids=model.routing(setups))
+            model(**inputs, adapter_names=setups)               # the same
+
+        Args:
+            setups: one entry for each row: a name, a block, or "__base__" for no adapters.
+
+        Returns:
+            [B], int64, on the model's device. A setup keeps its number; the model remembers all
+            that it was asked for.
+
+        Raises:
+            ValueError: unknown adapters or fusions, or a block over rows.
+        """
+        parsed = [rows.parse_row(setup, "setups") for setup in setups]
+        for setup in parsed:
+            self.model_adapters.check_setup(setup)
+        known = self.model_adapters.routed_setups
+        for setup in parsed:
+            known.setdefault(setup, len(known))
+        return torch.tensor([known[setup] for setup in parsed], device=self.base_model.device)
+
+    def _setups(
+        self, row_setups: Sequence[AdapterCompositionBlock | None] | None
+    ) -> Sequence[AdapterCompositionBlock | None]:
+        """The setups of the current forward: those of the rows, of a context, or the active one."""
+        context = AdapterSetup.get_context()
+        if row_setups is None and context is None:
+            return (self.active_adapters,)
+        setups = (context.adapter_setup,) if row_setups is None else row_setups
+        for setup in setups:
+            self.model_adapters.check_setup(setup)
+        return setups
+
+    def _cooling_fusions(
+        self, setups: Sequence[AdapterCompositionBlock | None]
+    ) -> list[AdapterFusion]:
+        """The modules of the current setups' fusions whose temperature falls."""
+        names = {fuse.name for setup in setups if setup is not None for fuse in _fuses(setup)}
         return [
             module
-            for fuse in (() if setup is None else _fuses(setup))
-            if self.adapters_config.fusions[fuse.name]["temperature"]
-            for _, module in self.model_adapters.fusion_modules(fuse.name)
+            for name in sorted(names)
+            if self.adapters_config.fusions[name]["temperature"]
+            for _, module in self.model_adapters.fusion_modules(name)
         ]
 
 

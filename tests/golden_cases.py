@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastfusion
-from fastfusion.composition import Fuse, Stack
+from fastfusion import composition
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUPS = (
@@ -24,7 +24,6 @@ GROUPS = (
     "distilbert-mix",
     "roberta-mix",
 )
-_BLOCKS = {"Stack": Stack, "Fuse": Fuse}
 
 
 class Case(NamedTuple):
@@ -46,30 +45,25 @@ def tensors(group: str) -> dict[str, Tensor]:
     return load_file(GOLDEN / "groups" / group / "io.safetensors")
 
 
-def _is_ours(setup: Any) -> bool:
-    if setup is None or isinstance(setup, str):
-        return True
-    return setup["type"] in _BLOCKS and all(map(_is_ours, setup["children"]))
-
-
 def cases() -> Iterator[Case]:
-    """Every case whose tree is names, Stack and Fuse, with no head or a classification head."""
+    """Every case that the peer runs, with no head or classification heads."""
     for group in GROUPS:
         heads = manifest()[group].get("heads", {})
         for case in manifest()[group]["cases"]:
             head = case.get("head")
-            has_head = head is None or (
-                isinstance(head, str) and heads[head]["type"] == "classification"
-            )
-            if _is_ours(case["setup"]) and has_head and "peer_raises" not in case:
+            names = head if isinstance(head, list) else [head]
+            is_ours = all(n is None or heads[n]["type"] == "classification" for n in names)
+            if is_ours and "peer_raises" not in case:
                 yield Case(group, case)
 
 
 def setup_of(data: Any) -> Any:
     if data is None or isinstance(data, str):
         return data
-    arguments = {"name": data["name"]} if "name" in data else {}
-    return _BLOCKS[data["type"]](*map(setup_of, data["children"]), **arguments)
+    arguments = {k: v for k, v in data.items() if k not in ("type", "children")}
+    if data["type"] == "Average":
+        arguments["peer_scaling"] = True
+    return getattr(composition, data["type"])(*map(setup_of, data["children"]), **arguments)
 
 
 def load(group: str, **kwargs: Any) -> nn.Module:

@@ -766,7 +766,6 @@ def test_meta_shapes(backend):
         ),
         (dict(x0=torch.zeros(37, 36)), r"x\[0\]: expected \[37, 37\]; got \[37, 36\]"),
         (dict(x0=torch.zeros(2, 3, 37)), r"mask: expected \[2, 3\]"),
-        (dict(w_score=None), r"w_score: needed to weigh 3 adapters; got None"),
         (dict(w_out=torch.zeros(24, 37)), r"w_out: expected \[25, 37\]; got \[24, 37\]"),
         (dict(w_out=torch.zeros(25, 8)), r"w_out: expected \[25, 37\]; got \[25, 8\]"),
         (dict(b_down=torch.zeros(1)), r"b_down: expected \[22\]; got \[1\]"),

@@ -174,8 +174,6 @@ Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
                   " (w_down's rows); got ", text(sizes));
   m.scored = w.w_score.has_value();
   STD_TORCH_CHECK(m.scored == w.b_score.has_value(), "w_score and b_score: expected both or none");
-  STD_TORCH_CHECK(m.scored || m.adapters == 1, "w_score: needed to weigh ", m.adapters,
-                  " adapters; got None");
 
   const ScalarType dtype = like.scalar_type();
   const int64_t width = like.size(1);

@@ -91,7 +91,7 @@ FASTFUSION_INLINE void forward_rows_body(const Mixture& m, const ForwardRows<T>&
     if (!m.scored) {
       FASTFUSION_SIMD
       for (int64_t j = 0; j < columns; ++j) store(y[j], z[j]);
-      store(y[columns], 1.f);
+      for (int64_t i = 0; i < adapters; ++i) store(y[columns + i], 1.f);
       continue;
     }
     const T* t = y + columns;
@@ -139,7 +139,7 @@ FASTFUSION_INLINE void backward_rows_body(const Mixture& m, const BackwardRows<T
       }
       FASTFUSION_SIMD
       for (int64_t j = 0; j < columns; ++j) store(g[j], z[j]);
-      store(g[columns], 1.f);
+      for (int64_t i = 0; i < adapters; ++i) store(g[columns + i], 1.f);
     } else {
       T* t = y + columns;
       const float* p = rows.p + row * adapters;

@@ -21,7 +21,7 @@ struct Mixture {
   int64_t columns, adapters;
   std::vector<int64_t> starts;
   std::vector<Run> runs;
-  bool scored;           // false: one adapter with weight 1
+  bool scored;           // false: every adapter has weight 1
   const float* b_down;   // [D]
   const float* b_score;  // [D + N]
   float inv_temperature;

@@ -89,8 +89,6 @@ def _check(rows: int, weights: tuple, sizes: list[int], activations: list[int]) 
         raise ValueError(
             f"activations: expected {adapters} codes below {len(ACTIVATIONS)}; got {activations}"
         )
-    if w_score is None and adapters != 1:
-        raise ValueError(f"w_score: needed to weigh {adapters} adapters; got None")
     _expect_shape("w_down", w_down, columns, hidden_size)
     _expect_shape("b_down", b_down, columns)
     for name, weight in (("w_score", w_score), ("w_out", w_out)):
@@ -278,7 +276,7 @@ class PackedWeights(NamedTuple):
     b_down: Tensor
     """[D]"""
     w_score: Tensor | None
-    """[D + N, H]: M_1 .. M_N, then C. None: one adapter with weight 1."""
+    """[D + N, H]: M_1 .. M_N, then C. None: every adapter has weight 1."""
     b_score: Tensor | None
     """[D + N]: m_1 .. m_N, then c."""
     w_out: Tensor

@@ -70,7 +70,7 @@ def adapter_fusion(
     z = _by_adapter(lambda act, u: act.forward(u), sizes, activations, pre)
     if w_score is None:
         p = z.new_empty(0)
-        w = torch.cat([z, z.new_ones(z.shape[0], 1)], dim=-1)
+        w = torch.cat([z, z.new_ones(z.shape[0], num_adapters)], dim=-1)
     else:
         y = F.linear(x[0] if query is None else query, w_score, b_score).to(acc)
         t, c = y[:, :num_columns], y[:, num_columns : num_columns + num_adapters]
@@ -124,7 +124,7 @@ def adapter_fusion_backward(
     dw = (grad_out @ w_out[:used].t()).to(acc)
     dz, dp = dw[:, :num_columns], dw[:, num_columns:]
     if w_score is None:
-        w = torch.cat([z, z.new_ones(z.shape[0], 1)], dim=-1)
+        w = torch.cat([z, z.new_ones(z.shape[0], num_adapters)], dim=-1)
         dy = None
     else:
         queries = x[0] if query is None else query

@@ -5,7 +5,7 @@ existing one fits) and add an entry to `ARCHITECTURES`.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -38,6 +38,8 @@ class Architecture(NamedTuple):
     """The places of a base model, first layer first."""
     forwards: Callable[[nn.Module], Iterator[tuple[nn.Module, Callable]]]
     """The modules of a base model whose forward is replaced, with the replacement."""
+    layers: Callable[[nn.Module], Iterable[nn.Module]]
+    """The layers of a base model: a forward from hidden states and masks each."""
     attention_dropout: str
     """The config's field for the dropout of attention probabilities."""
 
@@ -79,6 +81,7 @@ def _bert_like(class_prefix: str, module: str, base_attribute: str) -> Architect
         base_attribute,
         _bert_places,
         _bert_forwards,
+        lambda base_model: base_model.encoder.layer,
         "attention_probs_dropout_prob",
     )
 
@@ -94,6 +97,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "distilbert",
         _distilbert_places,
         _distilbert_forwards,
+        lambda base_model: base_model.transformer.layer,
         "attention_dropout",
     ),
 }

@@ -2,8 +2,23 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
+
+
+def copy_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    """Before a layer: behind the first place of a Parallel the masks are still of one channel."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) in (1, len(hidden)):
+            return value
+        return value.repeat(len(hidden) // len(value), *[1] * (value.dim() - 1))
+
+    if all(copied(value) is value for value in (*args, *kwargs.values())):
+        return None
+    return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
 
 
 def bert_output(module: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:

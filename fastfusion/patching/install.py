@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..layer import AdapterLayer
 from .architectures import Architecture, Place
+from .forwards import copy_masks
 
 _CHILDREN = ("adapters", "adapter_fusion_layer")
 
@@ -22,6 +24,7 @@ class Patch(NamedTuple):
     places: list[Place]
     forwards: list[tuple[nn.Module, Callable | None]]
     """Each module with a replaced forward, and the forward of its own that it had before."""
+    hooks: list[RemovableHandle]
 
 
 def patch(
@@ -61,11 +64,17 @@ def patch(
     for module, function in architecture.forwards(base_model):
         forwards.append((module, module.__dict__.get("forward")))
         module.forward = types.MethodType(function, module)
-    return layers, Patch(places, forwards)
+    hooks = [
+        module.register_forward_pre_hook(copy_masks, with_kwargs=True)
+        for module in architecture.layers(base_model)
+    ]
+    return layers, Patch(places, forwards, hooks)
 
 
 def unpatch(done: Patch) -> None:
     """Undo `patch`."""
+    for hook in done.hooks:
+        hook.remove()
     for module, forward in done.forwards:
         if forward is None:
             del module.__dict__["forward"]

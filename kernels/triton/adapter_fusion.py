@@ -181,7 +181,7 @@ def _adapter_fusion_fwd_kernel(
     residual_ptr,  # [num_rows, H], or None
     w_down_ptr,  # [D, H]
     b_down_ptr,  # [D]
-    w_score_ptr,  # [>= D + N, H], or None: one adapter, p = 1
+    w_score_ptr,  # [>= D + N, H], or None: p = 1
     b_score_ptr,
     w_out_ptr,  # [>= D + N, H]
     temperature_ptr,  # [], or None: 1
@@ -308,7 +308,8 @@ def _adapter_fusion_fwd_kernel(
                 w_p, w_out_ptr, D + offs_n, mask_n, offs_h, mask_h, out, H, False, INTERPRETED
             )
         else:
-            out = _add_bias(out, w_out_ptr + D * H, offs_h, mask_h)
+            for i in tl.static_range(N):
+                out = _add_bias(out, w_out_ptr + (D + i) * H, offs_h, mask_h)
         if residual_ptr is not None:
             residual_tile = residual_ptr + offs_t[:, None] * stride_rm + offs_h[None, :]
             out += tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)

@@ -1,0 +1,154 @@
+"""Which row of a batch has which setup: what a forward's arguments say, checked before it runs."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .composition import (
+    AdapterCompositionBlock,
+    BatchSplit,
+    MultiTask,
+    Parallel,
+    Setup,
+    parse_composition,
+)
+from .lowering import Plan, lower
+
+BASE = "__base__"
+"""In place of an adapter's name: a row without adapters."""
+
+Shape = tuple[int, int]
+"""Rows and tokens of a batch."""
+
+
+def input_shape(args: tuple, kwargs: dict[str, Any]) -> Shape | None:
+    """The rows and tokens of a forward's inputs, or None where they cannot be found."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def parse_row(entry: Any, argument: str) -> AdapterCompositionBlock | None:
+    """One row's setup: a name, a block, or "__base__".
+
+    Raises:
+        ValueError: none of these, or a block over rows.
+    """
+    if not isinstance(entry, (str, AdapterCompositionBlock)):
+        raise ValueError(
+            f"{argument}: expected names, blocks or {BASE!r}, one for each row; got {entry!r}"
+        )
+    setup = None if entry == BASE else parse_composition(entry)
+    for block in _blocks(setup):
+        if isinstance(block, (BatchSplit, Parallel, MultiTask)):
+            raise ValueError(
+                f"{argument}: expected blocks over one row; got {type(block).__name__} in {entry!r}"
+            )
+    return setup
+
+
+def _blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
+    if isinstance(setup, AdapterCompositionBlock):
+        yield setup
+        for child in setup:
+            yield from _blocks(child)
+
+
+def row_numbers(
+    names: Sequence[Any], shape: Shape | None
+) -> tuple[tuple[AdapterCompositionBlock | None, ...], Tensor]:
+    """The distinct setups of a batch's rows, in an order of their own, and each row's number.
+
+    Args:
+        names: one entry for each row, or a single one for all.
+        shape: of the batch.
+
+    Raises:
+        ValueError: a wrong number of entries, or an entry that is no setup of one row.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"adapter_names: expected a list with one entry a row; got {names!r}")
+    setups = [parse_row(name, "adapter_names") for name in names]
+    if shape is not None and len(setups) == 1:
+        setups = setups * shape[0]
+    if not setups or (shape is not None and len(setups) != shape[0]):
+        expected = "one or more" if shape is None else f"{shape[0]}, one for each row, or 1"
+        raise ValueError(f"adapter_names: expected {expected}; got {len(setups)} entries")
+    # batches with the same setups share a plan, whichever comes first
+    distinct = tuple(sorted(set(setups), key=repr))
+    number = {setup: i for i, setup in enumerate(distinct)}
+    return distinct, torch.tensor([number[setup] for setup in setups])
+
+
+def checked_numbers(numbers: Any, count: int, argument: str, shape: Shape | None) -> Tensor:
+    """Row numbers as a tensor [B].
+
+    Args:
+        numbers: integers from 0 to `count - 1`. On a GPU the values are not looked at, which would
+            wait for it.
+
+    Raises:
+        ValueError: not one integer for each row, or one out of range.
+    """
+    tensor = torch.as_tensor(numbers)
+    rows = "B" if shape is None else shape[0]
+    is_integer = tensor.dtype in (torch.int64, torch.int32)
+    if tensor.dim() != 1 or not is_integer or (shape is not None and len(tensor) != shape[0]):
+        raise ValueError(
+            f"{argument}: expected integers [{rows}]; got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= count:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{argument}: expected numbers from 0 to {count - 1}; got {wrong}")
+    return tensor
+
+
+def task_numbers(
+    setup: AdapterCompositionBlock | None, tasks: Any, shape: Shape | None
+) -> Tensor | None:
+    """The children of a setup's MultiTask that the rows have.
+
+    Args:
+        setup: the forward's.
+        tasks: the children's numbers or names, one for each row, or None.
+
+    Raises:
+        ValueError: `task_ids` without a MultiTask, a MultiTask without them, or wrong ones.
+    """
+    blocks = [block for block in _blocks(setup) if isinstance(block, MultiTask)]
+    if not blocks and tasks is None:
+        return None
+    if not blocks or tasks is None:
+        raise ValueError(
+            "task_ids: expected together with a MultiTask; got "
+            + (f"none for {setup!r}" if blocks else f"some for {setup!r}")
+        )
+    children = list(blocks[0])
+    if isinstance(tasks, (list, tuple)) and any(isinstance(task, str) for task in tasks):
+        for task in tasks:
+            if task not in children:
+                raise ValueError(f"task_ids: expected children of {blocks[0]!r}; got {task!r}")
+        tasks = [children.index(task) for task in tasks]
+    return checked_numbers(tasks, len(children), "task_ids", shape)
+
+
+@functools.lru_cache(maxsize=256)
+def needed(setup: AdapterCompositionBlock | None) -> Plan:
+    """The plan of a setup where every adapter is present: it has the sizes that a batch must have.
+
+    Raises:
+        ValueError: parts of the setup that ask for different sizes.
+    """
+    return lower(setup, lambda name: True)
+
+
+def check_sizes(setup: AdapterCompositionBlock | None, shape: Shape | None) -> None:
+    """Raise a ValueError unless a batch has the sizes that a setup asks for."""
+    if setup is not None and shape is not None:
+        needed(setup).check(*shape)
