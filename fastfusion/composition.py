@@ -98,6 +98,9 @@ class AdapterCompositionBlock:
     def from_dict(cls, data: dict[str, Any]) -> Setup:
         """The tree that `to_dict` wrote.
 
+        Args:
+            data: what it returned, or a part of it.
+
         Raises:
             ValueError: an unknown block type.
         """
@@ -134,6 +137,7 @@ class Fuse(AdapterCompositionBlock):
 
     @property
     def name(self) -> str:
+        """The fusion layer's name."""
         if self._name is not None:
             return self._name
         return ",".join(child if isinstance(child, str) else child.last() for child in self)
@@ -158,6 +162,10 @@ def parse_composition(setup: Any, level: int = 0) -> AdapterCompositionBlock | N
     Args:
         setup: a name (a Stack of one), a block, None or an empty sequence (no adapters), or, with a
             FutureWarning, nested sequences: a Stack outside, a Fuse one level in, Stacks below.
+        level: how deep in such sequences this one is.
+
+    Returns:
+        The block, or None for no adapters.
 
     Raises:
         ValueError: a forbidden or too deep nesting, or something that is none of these.
