@@ -66,7 +66,7 @@ def one_place() -> list[str]:
                         spread(result["ms"], 1),
                         "" if floor is None else spread(floor),
                         f"{1 / result['over_reference'][1]:.1f}x",
-                        "" if error is None else f"{error:.0e}",
+                        "" if error is None else f"{error:.1e}",
                     ]
                 )
         lines += [f"One place, T=1024, H=768, d=48, {mode}:", ""]

@@ -105,6 +105,9 @@ class AdapterCompositionBlock:
     def from_dict(cls, data: dict[str, Any]) -> Setup:
         """The tree that `to_dict` wrote, here or in `adapters`.
 
+        Args:
+            data: what it returned, or a part of it.
+
         Raises:
             ValueError: an unknown block type, or arguments that the block does not take.
         """

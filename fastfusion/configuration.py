@@ -105,12 +105,22 @@ class AdapterConfig(Mapping):
         return {f.name: copy.copy(self[f.name]) for f in fields(self)}
 
     def replace(self: _Config, **changes: Any) -> _Config:
-        """A new configuration of the same class with some values changed."""
+        """A new configuration of the same class with some values changed.
+
+        Args:
+            changes: field -> value; other names become extra attributes.
+
+        Raises:
+            ValueError: a value is not valid.
+        """
         return type(self).from_dict({**self, **changes})
 
     @classmethod
     def from_dict(cls: type[_Config], config: Mapping[str, Any]) -> _Config:
         """The configuration that a mapping describes; unknown keys become extra attributes.
+
+        Args:
+            config: field -> value; fields with a default may be missing.
 
         Raises:
             ValueError: a required key is missing or a value is not valid.
@@ -215,6 +225,10 @@ def get_adapter_config_hash(config: Mapping[str, Any], length: int = 16) -> str:
 
     Semantics: values that are false are dropped at every depth, then keys that stand at the
     defaults below; the SHA-1 of what is left as JSON with sorted keys, its first `length` digits.
+
+    Args:
+        config: the configuration, of an adapter or a fusion.
+        length: hexadecimal digits, at most 40.
     """
 
     def minimize(value: Any) -> Any:
@@ -375,6 +389,10 @@ class BnConfig(AdapterConfig):
     def bottleneck_size(self, hidden_size: int, layer_idx: int) -> int:
         """The bottleneck size `d` at one layer, at least 1.
 
+        Args:
+            hidden_size: the model's `H`.
+            layer_idx: the layer's number.
+
         Raises:
             ValueError: `reduction_factor` is a mapping with neither this layer nor "default".
         """
@@ -389,7 +407,15 @@ class BnConfig(AdapterConfig):
         return max(1, int(hidden_size // factor))
 
     def match(self, layer_idx: int, location: str) -> bool:
-        """Whether this adapter is present at a location (one of `LOCATIONS`) of a layer."""
+        """Whether this adapter is present at a place.
+
+        Args:
+            layer_idx: the layer's number.
+            location: one of `LOCATIONS`.
+
+        Raises:
+            ValueError: another location.
+        """
         _expect(location in LOCATIONS, "location", f"one of {LOCATIONS}", location)
         return layer_idx not in self.leave_out and self[location]
 
@@ -660,7 +686,15 @@ class ModelAdaptersConfig:
         return self.adapters.get(name)
 
     def match(self, name: str, layer_idx: int, location: str) -> BnConfig | None:
-        """The configuration of an adapter if it is present at a location of a layer, or None."""
+        """The configuration of an adapter if it is present at a place, or None.
+
+        Args:
+            name: the adapter.
+            layer_idx, location: as in `BnConfig.match`.
+
+        Raises:
+            ValueError: no such location.
+        """
         config = self.adapters.get(name)
         return config if config is not None and config.match(layer_idx, location) else None
 
@@ -683,6 +717,9 @@ class ModelAdaptersConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelAdaptersConfig":
         """The record that `to_dict` or `adapters` wrote.
+
+        Args:
+            values: the key `adapters` of config.json.
 
         Raises:
             NotImplementedError: an adapter is of a method that is not supported.

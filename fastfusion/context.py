@@ -41,19 +41,19 @@ class AdapterSetup:
 
     @staticmethod
     def get_context() -> "AdapterSetup | None":
-        """The innermost block that this thread is in."""
+        """The innermost block that this thread is in, or None."""
         setups = getattr(_local, "setups", None)
         return setups[-1] if setups else None
 
     @classmethod
     def get_context_adapter_setup(cls) -> AdapterCompositionBlock | None:
-        """The setup of this thread's innermost block."""
+        """The setup of this thread's innermost block, or None."""
         context = cls.get_context()
         return None if context is None else context.adapter_setup
 
     @classmethod
     def get_context_head_setup(cls) -> str | None:
-        """The head that this thread's innermost block asks for."""
+        """The head that this thread's innermost block asks for, or None."""
         context = cls.get_context()
         return None if context is None else context.head_setup
 
@@ -97,13 +97,19 @@ class ForwardContext:
 
     @staticmethod
     def get_context() -> "ForwardContext | None":
-        """The forward that this thread is in."""
+        """The forward that this thread is in, or None."""
         return getattr(_local, "forward", None)
 
     def record(self, output: str, name: str, layer_idx: int, location: str, value: Tensor) -> None:
         """Note a value of one place, detached: no copy and no wait for the device.
 
         Where rows or tokens go different ways, each way's values are zero for all others.
+
+        Args:
+            output: which output it belongs to, such as "adapter_fusion_attentions".
+            name: the fusion's or adapter's name.
+            layer_idx, location: the place.
+            value: attentions [B, S, N] or gates [B].
         """
         layers = self._records.setdefault(output, {}).setdefault(name, {})
         places, value = layers.setdefault(layer_idx, {}), value.detach()

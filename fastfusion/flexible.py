@@ -67,6 +67,10 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
         Returns:
             The head's output, or the base model's where no head is active.
+
+        Raises:
+            ValueError: there is no such head, or an `AdapterSetup` names an adapter or fusion that
+                the model does not have.
         """
         inputs = {
             "input_ids": input_ids,
@@ -103,13 +107,26 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         return named or (last if last in self.heads else None)
 
     def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
+        """Choose the adapters that every forward runs; a head of the last one's name comes along.
+
+        Args:
+            adapter_setup, skip_layers: as in `ModelAdaptersMixin.set_active_adapters`.
+
+        Raises:
+            ValueError: an adapter or fusion that the model does not have, or a forbidden nesting.
+        """
         super().set_active_adapters(adapter_setup, skip_layers)
         last = _last_name(self.active_adapters)
         if last in self.heads:
             self.active_head = last
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads."""
+        """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads.
+
+        Args:
+            save_directory: where to write.
+            kwargs: further arguments of transformers' method.
+        """
         self.config.adapters = self.adapters_config.to_dict()
         # our own key, which adapters ignores: one value, the fusion's modules cool down together
         self.config.adapters["fusion_temperatures"] = temperatures = {}
@@ -122,7 +139,15 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`, with the fusions' temperatures."""
+        """transformers' `from_pretrained`, with the fusions' temperatures.
+
+        Args:
+            args, kwargs: as transformers takes them.
+
+        Returns:
+            The model, in evaluation mode; with `output_loading_info=True` what transformers
+            reports too.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         temperatures = (getattr(model.config, "adapters", None) or {}).get(
@@ -144,6 +169,9 @@ def _last_name(setup: AdapterCompositionBlock | None) -> str | None:
 @functools.cache
 def adapter_model_class(model_type: str) -> type:
     """The class with flexible heads of a model type.
+
+    Args:
+        model_type: a transformers configuration's `model_type`, such as "bert".
 
     Raises:
         ValueError: an architecture that is not supported.
@@ -182,6 +210,13 @@ class AutoAdapterModel:
     ) -> torch.nn.Module:
         """Load a saved model as `transformers.AutoModel.from_pretrained` does.
 
+        Args:
+            pretrained_model_name_or_path, args, kwargs: as transformers takes them.
+
+        Returns:
+            A model with flexible heads, in evaluation mode, with the adapters, fusions and heads
+            that were saved with it.
+
         Raises:
             ValueError: an architecture that is not supported.
         """
@@ -193,7 +228,14 @@ class AutoAdapterModel:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> torch.nn.Module:
-        """A model with fresh weights.
+        """Make a model with fresh weights.
+
+        Args:
+            config: the model's configuration, which is copied.
+            kwargs: as `transformers.AutoModel.from_config` takes them.
+
+        Returns:
+            A model with flexible heads, with the adapters, fusions and heads that `config` lists.
 
         Raises:
             ValueError: an architecture that is not supported.

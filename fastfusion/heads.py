@@ -5,6 +5,7 @@ state dicts are interchangeable. `HEAD_TYPES` maps a configuration's `head_type`
 """
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -48,6 +49,29 @@ def _dropout_prob(own: float | None, model_config: Any) -> float:
     return next((p for p in (own, *inherited) if p is not None), 0.0)
 
 
+def _int_above_0(argument: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{argument}: expected an int above 0; got {value!r}")
+    return int(value)  # numpy's integers too, which JSON does not know
+
+
+def _label2id(argument: str, given: Any) -> dict[Any, int]:
+    """`id2label` or `label2id` as label -> number; numbers may be strings, as JSON's keys are."""
+    try:
+        pairs = list(given.items())
+        if argument == "id2label":
+            pairs = [(label, i) for i, label in pairs]
+        label2id = {label: int(i) for label, i in pairs}
+        is_numbered = sorted(float(i) for _, i in pairs) == list(range(len(label2id)))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        is_numbered = False
+    if not is_numbered:
+        raise ValueError(
+            f"{argument}: expected different labels with the numbers 0, 1, 2, ...; got {given!r}"
+        )
+    return label2id
+
+
 class PredictionHead(nn.Sequential):
     """Base of the heads: `layers` times (dropout, linear, activation) without the last activation.
 
@@ -64,12 +88,13 @@ class PredictionHead(nn.Sequential):
         self.config = {"head_type": self.head_type, **config}
 
     def build_mlp(self, model: nn.Module, num_outputs: int) -> None:
-        """Append the modules, initialised by the model, on its device, in its dtype and mode."""
+        """Append the modules, initialised by the model, on its device, in its dtype and mode.
+
+        Args:
+            model: as in `ClassificationHead`.
+            num_outputs: size of the last layer.
+        """
         layers, activation = self.config["layers"], self.config["activation_function"]
-        if not isinstance(layers, int) or layers < 1:
-            raise ValueError(f"layers: expected an int above 0; got {layers!r}")
-        if not isinstance(num_outputs, int) or num_outputs < 1:
-            raise ValueError(f"num_labels: expected an int above 0; got {num_outputs!r}")
         dropout = _dropout_prob(self.config["dropout_prob"], model.config)
         hidden_size = model.config.hidden_size
         for _ in range(layers - 1):
@@ -97,7 +122,8 @@ class ClassificationHead(PredictionHead):
         num_labels: size of the output; 1 is a regression.
         layers: linear layers; all but the last are `hidden_size` wide.
         activation_function: between the layers; None for none.
-        id2label: number -> label; by default LABEL_0, LABEL_1, ...
+        id2label: number -> label, one for each number from 0 to `num_labels - 1`; None or empty:
+            LABEL_0, LABEL_1, ...
         use_pooler: read the model's pooled output in place of the first token.
         bias: whether the last layer has a bias.
         dropout_prob: by default the model's for classifiers (`classifier_dropout`), then for hidden
@@ -121,15 +147,21 @@ class ClassificationHead(PredictionHead):
         bias: bool = True,
         dropout_prob: float | None = None,
     ) -> None:
-        if id2label is None:
-            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        num_labels = _int_above_0("num_labels", num_labels)
+        label2id = {} if id2label is None else _label2id("id2label", id2label)
+        label2id = label2id or {f"LABEL_{i}": i for i in range(num_labels)}
+        if len(label2id) != num_labels:
+            raise ValueError(
+                f"num_labels: expected {len(label2id)}, the number of labels in {list(label2id)}; "
+                f"got {num_labels}"
+            )
         super().__init__(
             head_name,
             {
                 "num_labels": num_labels,
-                "layers": layers,
+                "layers": _int_above_0("layers", layers),
                 "activation_function": activation_function,
-                "label2id": {label: int(i) for i, label in id2label.items()},
+                "label2id": label2id,
                 "use_pooler": use_pooler,
                 "bias": bias,
                 "dropout_prob": dropout_prob,
@@ -205,10 +237,15 @@ def head_from_config(model: nn.Module, name: str, config: Mapping[str, Any]) -> 
         name: the head's name.
         config: its `head_type`, the constructor's arguments, and `label2id` or `id2label`.
 
+    Returns:
+        The head, with fresh weights.
+
     Raises:
         NotImplementedError: the head type is not supported.
         ValueError: a key or value is not valid.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config of head {name!r}: expected a mapping; got {config!r}")
     arguments = dict(config)
     head_type = arguments.pop("head_type", None)
     if head_type not in HEAD_TYPES:
@@ -218,7 +255,10 @@ def head_from_config(model: nn.Module, name: str, config: Mapping[str, Any]) -> 
         )
     label2id = arguments.pop("label2id", None)
     if arguments.get("id2label") is None and label2id is not None:
-        arguments["id2label"] = {int(i): label for label, i in label2id.items()}
+        label2id = _label2id("label2id", label2id)
+        # adapters writes two labels for a regression that it converts from transformers' head
+        count = _int_above_0("num_labels", arguments.get("num_labels", len(label2id) or 1))
+        arguments["id2label"] = {i: label for label, i in label2id.items() if i < count}
     try:
         return HEAD_TYPES[head_type](model, name, **arguments)
     except TypeError as error:
@@ -294,7 +334,18 @@ class FlexibleHeadsMixin:
         overwrite_ok: bool = False,
         set_active: bool = True,
     ) -> None:
-        """Add the head that a configuration with `head_type` describes; see `head_from_config`."""
+        """Add the head that a configuration describes.
+
+        Args:
+            head_name: its name.
+            config: as in `head_from_config`.
+            overwrite_ok: replace a head of this name.
+            set_active: make it the active head.
+
+        Raises:
+            NotImplementedError: the head type is not supported.
+            ValueError: the name is taken, or a key or value is not valid.
+        """
         self._check_new_head(head_name, overwrite_ok)
         head = head_from_config(self, head_name, config)
         self.add_prediction_head(head, overwrite_ok=overwrite_ok, set_active=set_active)
@@ -303,6 +354,11 @@ class FlexibleHeadsMixin:
         self, head: PredictionHead, overwrite_ok: bool = False, set_active: bool = True
     ) -> None:
         """Add a head under its own name.
+
+        Args:
+            head: the head.
+            overwrite_ok: replace a head of this name.
+            set_active: make it the active head.
 
         Raises:
             ValueError: the name is taken and `overwrite_ok` is not set.
@@ -319,6 +375,9 @@ class FlexibleHeadsMixin:
 
     def delete_head(self, head_name: str) -> None:
         """Remove a head; if it was active, none is afterwards.
+
+        Args:
+            head_name: its name.
 
         Raises:
             ValueError: there is no head of this name.
@@ -360,15 +419,22 @@ class FlexibleHeadsMixin:
         return self.heads[name]
 
     def head_type(self, head_name: str | None = None) -> str:
-        """The `head_type` of a head, by default the active one."""
+        """The `head_type` of a head.
+
+        Args:
+            head_name: the head; None for the active one.
+
+        Raises:
+            ValueError: there is no head of this name, or none is active.
+        """
         return self._head(head_name).head_type
 
     def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
-        """Number -> label of a head, by default the active one."""
+        """Number -> label of a head; arguments and errors as `head_type`."""
         return {i: label for label, i in self._head(head_name).config["label2id"].items()}
 
     def get_labels(self, head_name: str | None = None) -> list[str]:
-        """The labels of a head, by default the active one."""
+        """The labels of a head; arguments and errors as `head_type`."""
         return list(self.get_labels_dict(head_name).values())
 
     def forward_head(

@@ -139,7 +139,14 @@ class ModelAdaptersMixin:
         return len(self.adapters_config.adapters) > 0
 
     def set_backend(self, backend: str | None) -> None:
-        """Choose what runs the adapters: see `fastfusion.init`."""
+        """Choose what runs the adapters.
+
+        Args:
+            backend: as for `fastfusion.init`.
+
+        Raises:
+            ValueError: there is no such backend.
+        """
         backends.check_name(backend)
         self.model_adapters.backend = backend
 
@@ -363,7 +370,11 @@ class ModelAdaptersMixin:
     # -- training -------------------------------------------------------------------------------
 
     def freeze_model(self, freeze: bool = True) -> None:
-        """Freeze or unfreeze all weights of the base model, adapters and fusions included."""
+        """Freeze or unfreeze all weights of the base model, adapters and fusions included.
+
+        Args:
+            freeze: True stops their training; False trains them all.
+        """
         for parameter in self.base_model.parameters():
             parameter.requires_grad = not freeze
         self.model_adapters.frozen = freeze
@@ -376,7 +387,7 @@ class ModelAdaptersMixin:
             train_embeddings: train the word embeddings too.
 
         Raises:
-            ValueError: as `set_active_adapters`.
+            ValueError: as `set_active_adapters`, or the setup has no adapters.
         """
         self._train_setup(adapter_setup, adapters=True, fusions=False)
         if train_embeddings:
@@ -422,6 +433,7 @@ class ModelAdaptersMixin:
 
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+            kwargs: further arguments of transformers' method.
 
         Raises:
             ValueError: `use_reentrant=True` is asked for.
@@ -435,11 +447,14 @@ class ModelAdaptersMixin:
         super().gradient_checkpointing_enable(arguments, **kwargs)
 
     def get_fusion_regularization_loss(self) -> Tensor | None:
-        """The regulariser of every trained value matrix, or None where none is trained.
+        """The regulariser of every trained value matrix.
 
         Semantics::
 
             0.01 * sum(((I - value.weight) ** 2).sum() for value in trained value matrices)
+
+        Returns:
+            A scalar, or None where no value matrix is trained.
         """
         values = [
             fusion.value.weight
@@ -462,7 +477,12 @@ class ModelAdaptersMixin:
     load_head = serialization.load_head
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`: the whole model with its adapters and fusions."""
+        """transformers' `save_pretrained`: the whole model with its adapters and fusions.
+
+        Args:
+            save_directory: where to write.
+            kwargs: further arguments of transformers' method.
+        """
         state = kwargs.pop("state_dict", None) or self.state_dict()
         # ln_before adapters hold their norm under two names; transformers wants no shared tensors
         state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
@@ -471,7 +491,17 @@ class ModelAdaptersMixin:
     # -- looking ----------------------------------------------------------------------------------
 
     def get_adapter(self, name: str) -> dict[int, dict[str, Adapter]]:
-        """An adapter's modules as `{layer: {location: module}}`."""
+        """An adapter's modules.
+
+        Args:
+            name: its name.
+
+        Returns:
+            `{layer: {location: module}}`, without the places where the adapter is absent.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         if name not in self.adapters_config.adapters:
             raise ValueError(f"name: the model has no adapter {name!r}")
         found: dict[int, dict[str, Adapter]] = {}
@@ -480,7 +510,16 @@ class ModelAdaptersMixin:
         return found
 
     def adapter_to(self, name: str, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        """Move an adapter, or cast it."""
+        """Move an adapter, or cast it.
+
+        Args:
+            name: its name.
+            device: where to; None leaves it where it is.
+            dtype: a floating-point type; None leaves it in its own.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         self.get_adapter(name)
         for layer, module in self.model_adapters.modules(name):
             module.to(device=device, dtype=dtype)
@@ -492,7 +531,15 @@ class ModelAdaptersMixin:
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Move a fusion layer, or cast it."""
+        """Move a fusion layer, or cast it.
+
+        Args:
+            adapter_names: a Fuse, a list of names, or the fusion's name.
+            device, dtype: as in `adapter_to`.
+
+        Raises:
+            ValueError: there is no such fusion.
+        """
         for layer, module in self.model_adapters.fusion_modules(self._fusion_name(adapter_names)):
             module.to(device=device, dtype=dtype)
             layer.packs.drop()
@@ -502,6 +549,10 @@ class ModelAdaptersMixin:
 
         Args:
             as_dict: a list of rows in place of a table.
+
+        Returns:
+            A table to print, or a dictionary per row; sizes in parameters and in per cent of the
+            model without adapters.
         """
         summary = []
         active = set() if self.active_adapters is None else self.active_adapters.flatten()

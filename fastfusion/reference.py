@@ -49,6 +49,9 @@ def adapter_pre(
         config: the adapter's config.
         fusion_config: the fusion's config, for a Fuse.
 
+    Returns:
+        Three tensors [B, S, H].
+
     Source: `adapters` 1.3.0, methods/modeling.py, Adapter.pre_forward.
     """
     if config["is_parallel"]:
@@ -76,7 +79,10 @@ def adapter_post(
     Args:
         output: [B, S, H], what the adapters computed.
         hidden: [B, S, H], the state as it entered the place.
-        input, layer_norm, config: as in `adapter_pre`.
+        input, layer_norm, config: as in `adapter_pre`; the config of the last adapter.
+
+    Returns:
+        [B, S, H].
 
     Source: `adapters` 1.3.0, methods/modeling.py, post_forward.
     """
@@ -89,7 +95,17 @@ def adapter_post(
 
 
 def drop_path(x: Tensor, probability: float) -> Tensor:
-    """Stochastic depth by row (Huang et al. 2016): zero a row of the batch, or scale it up."""
+    """Stochastic depth by row: zero a row of the batch, or scale it up.
+
+    Args:
+        x: [B, ...].
+        probability: of zeroing a row, from 0 to 1.
+
+    Returns:
+        As `x`.
+
+    Source: Huang et al. 2016.
+    """
     survival = 1.0 - probability
     noise = x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(survival)
     return x * (noise / survival if survival > 0 else noise)
@@ -111,6 +127,9 @@ def adapter_up(
         config: the adapter's config.
         scaling: the config's scaling where that is a number; a learned one is in `parameters`.
         training: whether stochastic depth acts.
+
+    Returns:
+        [B, S, H].
 
     Raises:
         NotImplementedError: a Compacter adapter.
@@ -148,6 +167,14 @@ def adapter_output(
         out = norm_after(out + residual) | norm_after(out) + residual   # adapter_residual_before_ln
 
     A parallel adapter adds no residual here.
+
+    Args:
+        up: [B, S, H], from `adapter_up`.
+        x: [B, S, H], the adapter's input.
+        residual: [B, S, H], from `adapter_pre`.
+        parameters: `gate.weight`, `adapter_norm_after.weight`, ... where the config has them.
+        config: the adapter's config.
+        training: whether dropout acts.
 
     Returns:
         out [B, S, H], and the gate [B] or None.
@@ -222,7 +249,13 @@ def adapter_fusion(
 
 
 def fusion_regularization(values: Sequence[Tensor]) -> Tensor:
-    """`0.01 * sum ||I - w_value||^2` over the fusion layers' value matrices [H, H].
+    """`0.01 * sum ||I - w_value||^2` over the fusion layers' value matrices.
+
+    Args:
+        values: one or more matrices [H, H].
+
+    Returns:
+        A scalar.
 
     Source: `adapters` 1.3.0, model_mixin.py; Pfeiffer et al. 2021, section 3.2 (value near I).
     """

@@ -77,6 +77,17 @@ class AdapterTrainer(Trainer):
             self.label_names = self.model.heads[self.model.active_head].get_label_names()
 
     def train(self, *args, **kwargs):
+        """`Trainer.train`, for a model whose base weights are frozen.
+
+        Args:
+            args, kwargs: as `Trainer.train` takes them.
+
+        Returns:
+            What `Trainer.train` returns: steps, mean training loss and metrics.
+
+        Raises:
+            ValueError: the base model's weights are not frozen.
+        """
         if not self.model.model_frozen:
             raise ValueError(
                 "model: expected frozen base weights; call model.train_adapter(name) or "
@@ -91,6 +102,17 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of one batch; where gradients are recorded, with the fusion regulariser.
+
+        Args:
+            model: the model, or what wraps it for training.
+            inputs: the batch, as the model's forward takes it.
+            return_outputs: return the model's outputs too.
+            num_items_in_batch: labels in all micro-batches of the step; None where not counted.
+
+        Returns:
+            The loss, a scalar, or (loss, outputs); `outputs.loss` is without the regulariser.
+        """
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -113,6 +135,11 @@ class AdapterTrainer(Trainer):
         return by_model or self.compute_loss_func is not None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters that are weight-decayed: no value matrix of a fusion.
+
+        Args:
+            model: the model whose parameters are meant.
+        """
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not _FUSION_VALUE.search(name)]
 

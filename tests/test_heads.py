@@ -1,10 +1,12 @@
 """Prediction heads: the numbers of `adapters`, losses, and choosing among heads by name."""
 
+import contextlib
 import copy
 import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,19 @@ def host():
 def _states(batch=3, length=5, hidden_size=8):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, length, hidden_size, generator=generator)
+
+
+@contextlib.contextmanager
+def unchanged(host):
+    """No other head, active head or labels after the block."""
+
+    def state():
+        heads = {name: id(head) for name, head in host.heads.items()}
+        return heads, host.active_head, host.config.to_dict()
+
+    before = copy.deepcopy(state())
+    yield
+    assert state() == before
 
 
 @pytest.mark.parametrize(
@@ -251,17 +266,103 @@ def test_adding_and_deleting(host):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"num_labels": 0}, "num_labels"),
+        *(({"num_labels": n}, "num_labels: expected an int") for n in (0, True, 2.0, "2", None)),
         ({"layers": 0}, "layers"),
+        ({"layers": True}, "layers"),
         ({"activation_function": "tanhh"}, "tanhh"),
         ({"dropout_prob": 2.0}, "dropout"),
         ({"head_name": "a.b"}, "head_name"),
     ],
 )
 def test_invalid_arguments(host, arguments, named):
-    with pytest.raises(ValueError, match=named):
+    with unchanged(host), pytest.raises(ValueError, match=named):
         host.add_classification_head(**{"head_name": "x", **arguments})
-    assert len(host.heads) == 0
+
+
+LABELS = {
+    "missing": {0: "a", 2: "c"},
+    "not from 0": {1: "a", 2: "b"},
+    "equal labels": {0: "a", 1: "a"},
+    "equal numbers": {0: "a", "0": "b"},
+    "no number": {0: "a", "one": "b"},
+    "half": {0: "a", 0.5: "b"},
+    "no number at all": {0: "a", None: "b"},
+    "unhashable label": {0: "a", 1: ["b"]},
+    "list": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_wrong_id2label(host, labels, multilabel):
+    host.add_classification_head("x")
+    with unchanged(host), pytest.raises(ValueError, match=r"^id2label: expected .*; got "):
+        host.add_classification_head("x", id2label=labels, multilabel=multilabel, overwrite_ok=True)
+    config = {"head_type": "classification", "id2label": labels}
+    with unchanged(host), pytest.raises(ValueError, match=r"^id2label: expected .*; got "):
+        host.add_prediction_head_from_config("x", config, overwrite_ok=True)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"a": 0, "b": 2},
+        {"a": 0, "b": 0},
+        {"a": 0, "b": "one"},
+        {"a": 0, "b": None},
+        {"a": 0, "b": [1]},
+        {"a": 0, "b": float("inf")},
+        ["a", "b"],
+        "ab",
+    ],
+)
+def test_wrong_label2id(host, labels):
+    host.add_classification_head("x")
+    config = {"head_type": "classification", "label2id": labels}
+    with unchanged(host), pytest.raises(ValueError, match=r"^label2id: expected .*; got "):
+        host.add_prediction_head_from_config("x", config, overwrite_ok=True)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_number_of_labels(host, num_labels):
+    host.add_classification_head("x")
+    expected = rf"^num_labels: expected 2, .*\['a', 'b'\]; got {num_labels}$"
+    with unchanged(host), pytest.raises(ValueError, match=expected):
+        host.add_classification_head("x", num_labels, id2label={0: "a", 1: "b"}, overwrite_ok=True)
+
+
+def test_number_of_labels_in_a_config(host):
+    """adapters writes two labels for a regression that it converts from transformers' head."""
+    config = {"head_type": "classification", "num_labels": 1, "label2id": {"a": 0, "b": 1}}
+    host.add_prediction_head_from_config("x", config)
+    assert host.heads["x"].config["label2id"] == {"a": 0}
+    expected = r"^num_labels: expected 2, .*; got 3$"
+    with unchanged(host), pytest.raises(ValueError, match=expected):
+        host.add_prediction_head_from_config("y", {**config, "num_labels": 3})
+
+
+@pytest.mark.parametrize(
+    ("labels", "label2id"),
+    [
+        ({"0": "a", "1": "b"}, {"a": 0, "b": 1}),
+        ({1: "b", 0: "a"}, {"b": 1, "a": 0}),
+        ({np.int64(0): "a", np.int64(1): "b"}, {"a": 0, "b": 1}),
+        ({False: "no", True: "yes"}, {"no": 0, "yes": 1}),
+        ({0: 0, 1: None}, {0: 0, None: 1}),
+        ({}, {"LABEL_0": 0, "LABEL_1": 1}),
+        (None, {"LABEL_0": 0, "LABEL_1": 1}),
+    ],
+)
+def test_labels_that_adapters_takes(host, labels, label2id):
+    host.add_classification_head("x", num_labels=np.int64(2), id2label=labels)
+    expected = {"num_labels": 2, "label2id": label2id}
+    assert host.heads["x"].config.items() >= expected.items()
+    assert host.get_labels() == list(label2id)
+    json.dumps(host.heads["x"].config)
+    inverse = None if labels is None else {label: i for i, label in labels.items()}
+    for config in ({"id2label": labels}, {"label2id": inverse}):
+        head = head_from_config(host, "y", {"head_type": "classification", **config})
+        assert head.config["label2id"] == label2id
 
 
 def test_heads_come_back_from_the_config(host):
@@ -279,8 +380,14 @@ def test_heads_come_back_from_the_config(host):
 def test_head_from_config_refuses(host):
     with pytest.raises(NotImplementedError, match="masked_lm"):
         head_from_config(host, "x", {"head_type": "masked_lm", "layers": 2})
+    with pytest.raises(ValueError, match="expected a mapping; got None"):
+        head_from_config(host, "x", None)
     with pytest.raises(ValueError, match="no_such_key"):
         head_from_config(host, "x", {"head_type": "classification", "no_such_key": 1})
+    # of both, id2label counts
+    both = {"id2label": {0: "a", 1: "b"}, "label2id": {"c": 0}}
+    head = head_from_config(host, "x", {"head_type": "classification", **both})
+    assert head.config["label2id"] == {"a": 0, "b": 1}
     # files of early libraries lack some keys
     head = head_from_config(host, "x", {"head_type": "classification", "label2id": None})
     assert head.config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}

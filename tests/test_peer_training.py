@@ -14,6 +14,6 @@ PEER = os.environ.get("FASTFUSION_PEER_PYTHON")
 def test_training_steps_equal_those_of_adapters():
     """Under one seed, dropout included: losses and weights of four steps, in both forms."""
     script = Path(__file__).with_name("peer_training.py")
-    done = subprocess.run([PEER, "-P", str(script)], capture_output=True, text=True)
+    done = subprocess.run([PEER, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip().endswith("equal")

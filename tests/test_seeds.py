@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import SIZES
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -54,15 +55,7 @@ def test_fusion_notebook(tmp_path, monkeypatch):
 
 def quick_start_model():
     set_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-    )
-    return AutoAdapterModel.from_config(config)
+    return AutoAdapterModel.from_config(BertConfig(**{**SIZES, "num_hidden_layers": 4}))
 
 
 def make_rows() -> list[dict]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import SIZES
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,16 +29,7 @@ FUSION = ",".join(NAMES)
 
 
 def tiny_config(dropout: float = 0.0) -> BertConfig:
-    return BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    return BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
 
 
 def tiny_model(dropout: float = 0.0, name: str | None = None, init_seed: int = 0):
