@@ -50,6 +50,7 @@ def write_files(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     use_safetensors: bool = True,
+    argument: str = "directory",
 ) -> None:
     """Write a configuration and its tensors into a directory, which is made if need be.
 
@@ -62,13 +63,14 @@ def write_files(
         config: what json can write.
         tensors: by name. Those that share memory are written once for each name.
         use_safetensors: False for a pickle of tensors.
+        argument: what the caller's user calls the directory, for errors.
 
     Raises:
         NotADirectoryError: `directory` is something else.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"directory: expected a directory; {str(directory)!r} is a file")
+        raise NotADirectoryError(f"{argument}: expected a directory; {str(directory)!r} is a file")
     copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     if use_safetensors:
         payload = safetensors.torch.save(copies, metadata={"format": "pt"})
@@ -137,7 +139,10 @@ def _sync(directory: Path) -> None:
 
 
 def read_files(
-    directory: str | os.PathLike, files: FileNames, use_safetensors: bool | None = None
+    directory: str | os.PathLike,
+    files: FileNames,
+    use_safetensors: bool | None = None,
+    argument: str = "directory",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a configuration and its tensors, on the CPU.
 
@@ -148,16 +153,21 @@ def read_files(
         files: the names to look for.
         use_safetensors: True or False for one format alone; None for the one that is there, and
             safetensors where both are.
+        argument: what the caller's user calls the directory, for errors.
+
+    Returns:
+        The configuration, and the tensors by name.
 
     Raises:
         FileNotFoundError: the directory or one of the two files is missing.
+        NotADirectoryError: `directory` is something else.
         NotImplementedError: `directory` is a URL or an identifier of a hub.
         ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
     """
-    directory = _existing_directory(directory)
+    directory = _existing_directory(directory, argument)
     config_path = directory / files.config
     if not config_path.is_file():
-        raise FileNotFoundError(f"directory: no {files.config} in {str(directory)!r}")
+        raise FileNotFoundError(f"{argument}: no {files.config} in {str(directory)!r}")
     data = config_path.read_bytes()
     try:
         config = json.loads(data)
@@ -181,23 +191,23 @@ def read_files(
     for name in names:
         if weights[name].is_file():
             return config, _read_tensors(weights[name], name == files.pickle)
-    raise FileNotFoundError(f"directory: no {' or '.join(names)} in {str(directory)!r}")
+    raise FileNotFoundError(f"{argument}: no {' or '.join(names)} in {str(directory)!r}")
 
 
-def _existing_directory(directory: str | os.PathLike) -> Path:
+def _existing_directory(directory: str | os.PathLike, argument: str) -> Path:
     path = Path(directory)
     if path.is_dir():
         return path
     if path.exists():
-        raise NotADirectoryError(f"directory: expected a directory; {str(path)!r} is a file")
+        raise NotADirectoryError(f"{argument}: expected a directory; {str(path)!r} is a file")
     text = os.fspath(directory)
     if "://" in text or "@" in text:
         raise NotImplementedError(
-            f"directory: {text!r} is not a directory here, and loading from URLs and hubs is not "
+            f"{argument}: {text!r} is not a directory here, and loading from URLs and hubs is not "
             "supported yet; download it and give the directory"
         )
     raise FileNotFoundError(
-        f"directory: {text!r} does not exist (loading from a hub by identifier is not supported "
+        f"{argument}: {text!r} does not exist (loading from a hub by identifier is not supported "
         "yet; download it and give the directory)"
     )
 

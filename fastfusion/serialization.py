@@ -10,8 +10,10 @@ changes.
 
 import contextlib
 import logging
+import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -121,6 +123,14 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(names[:20]) + more
 
 
+def _warn(text: str) -> None:
+    """Warn at the line that called this module, however deep in it the reason was found."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals is globals():
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
 def _is_finite(tensor: Tensor) -> Tensor:
     # torch has no isfinite for 8-bit floats
     return torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
@@ -129,32 +139,21 @@ def _is_finite(tensor: Tensor) -> Tensor:
 def _prepared(
     model: nn.Module, tensors: Mapping[str, Tensor], kind: str, old: str, new: str, source: str
 ) -> dict[str, Tensor]:
-    """An adapter's or fusion's tensors from a file, checked, by bare keys with its new name."""
-    _check_tensors(tensors, source)
+    """An adapter's or fusion's tensors from a file, by bare keys with its new name."""
     prepared = {_bare(model, k): t for k, t in rename(tensors, kind, old, new).items()}
     if len(prepared) < len(tensors):
         raise ValueError(f"{source}: several tensors for one place; got {_listing(tensors)}")
     return prepared
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are no weights; warn of NaN and infinity."""
-    wrong = [f"{k} ({t.dtype})" for k, t in tensors.items() if not t.is_floating_point()]
-    if wrong:
-        raise ValueError(f"{source}: expected floating-point tensors; got {_listing(wrong)}")
-    strange = [k for k, t in tensors.items() if not _is_finite(t).all()]
-    if strange:
-        warnings.warn(f"{source}: NaN or infinity in {_listing(strange)}", stacklevel=5)
-
-
 def _match(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], strict: bool, source: str
 ) -> dict[str, Tensor]:
-    """The tensors that have a place, checked against what stands there.
+    """The tensors that have a place, checked against what stands there; warns of NaN and infinity.
 
     Raises:
-        ValueError: a shape differs, a value leaves the dtype's range, or, with `strict`, a tensor
-            is missing or has no place.
+        ValueError: a shape differs, a tensor is no weight, a value leaves the dtype's range, or,
+            with `strict`, a tensor is missing or has no place.
     """
     problems = []
     if missing := expected.keys() - tensors.keys():
@@ -165,7 +164,7 @@ def _match(
         text = f"{source}: {'; '.join(problems)}"
         if strict:
             raise ValueError(f"{text} (strict=False takes what fits)")
-        warnings.warn(text, stacklevel=5)
+        _warn(text)
 
     fitting = {key: tensor for key, tensor in tensors.items() if key in expected}
     shapes = [
@@ -175,6 +174,13 @@ def _match(
     ]
     if shapes:
         raise ValueError(f"{source}: shapes differ: {'; '.join(sorted(shapes)[:20])}")
+    wrong = [
+        f"{key} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+        for key, tensor in fitting.items()
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if wrong:
+        raise ValueError(f"{source}: expected dense floating-point tensors; got {_listing(wrong)}")
     overflowing = [
         f"{key} ({expected[key].dtype})"
         for key, tensor in fitting.items()
@@ -182,6 +188,9 @@ def _match(
     ]
     if overflowing:
         raise ValueError(f"{source}: values leave the range of {_listing(overflowing)}")
+    strange = [key for key, tensor in fitting.items() if not _is_finite(tensor).all()]
+    if strange:
+        _warn(f"{source}: NaN or infinity in {_listing(strange)}")
     return fitting
 
 
@@ -248,6 +257,7 @@ def save_adapter(
         use_safetensors: False writes the pickle that `adapters` reads by default.
 
     Raises:
+        NotADirectoryError: `save_directory` is something else.
         ValueError: the model has no adapter of this name.
     """
     configs = model.adapters_config.adapters
@@ -259,7 +269,7 @@ def save_adapter(
     values = configs[adapter_name].to_dict()
     config = _full_config(model, meta_dict, name=adapter_name, config=values)
     tensors = select(_state(model), "adapter", adapter_name)
-    write_files(save_directory, ADAPTER_FILES, config, tensors, use_safetensors)
+    write_files(save_directory, ADAPTER_FILES, config, tensors, use_safetensors, "save_directory")
     if with_head and (_has_static_head(model) or adapter_name in getattr(model, "heads", ())):
         save_head(model, save_directory, adapter_name, use_safetensors=use_safetensors)
 
@@ -275,6 +285,7 @@ def save_all_adapters(
     """Write every adapter into a directory of its name; arguments as `save_adapter`.
 
     Raises:
+        NotADirectoryError: a name's directory is something else.
         ValueError: a name cannot be that of a directory; nothing is written then.
     """
     configs = model.adapters_config.adapters
@@ -320,27 +331,29 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: the directory or a file is missing.
-        NotImplementedError: a hub's identifier, or a method that is not supported yet.
+        NotADirectoryError: `adapter_name_or_path` is something else.
+        NotImplementedError: a hub's identifier, or a method or head that is not supported yet.
         ValueError: the files are damaged or do not fit the model.
     """
-    saved, tensors = read_files(adapter_name_or_path, ADAPTER_FILES, use_safetensors)
+    argument = "adapter_name_or_path"
+    saved, tensors = read_files(adapter_name_or_path, ADAPTER_FILES, use_safetensors, argument)
     source = str(Path(adapter_name_or_path) / ADAPTER_FILES.config)
     saved_name = _field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
-    check_module_name(name, "load_as" if load_as else f"{source}: name")
+    check_module_name(name, f"{source}: name" if load_as is None else "load_as")
     _check_hidden_size(model, saved, source)
     tensors = _prepared(model, tensors, "adapter", saved_name, name, source)
     adapter_config = _adapter_config(saved, tensors, source)
     if config is not None and AdapterConfig.load(config) != adapter_config:
-        warnings.warn(f"config: ignored, {source} has another one", stacklevel=3)
+        _warn(f"config: ignored, {source} has another one")
     left_out = sorted({*adapter_config.leave_out, *(leave_out or ())})
     if left_out != sorted(adapter_config.leave_out):
         adapter_config = adapter_config.replace(leave_out=left_out)
-    adapter_config.check_supported()
+    _check_bottlenecks(model, name, adapter_config, tensors, source)
     head = None
     if with_head:
         head = _read_head_beside(
-            model, adapter_name_or_path, load_as, use_safetensors, id2label, strict
+            model, adapter_name_or_path, load_as, use_safetensors, id2label, strict, argument
         )
 
     is_new = _add_or_compare(
@@ -367,17 +380,55 @@ def _adapter_config(
 ) -> BnConfig:
     """The adapter's configuration, brought up to date where an early library wrote it."""
     values = dict(_field(saved, "config", (dict,), source))
-    if "version" not in saved:
-        activation = values.get("non_linearity")
+    activation = values.get("non_linearity")
+    if "version" not in saved and isinstance(activation, str):
         values["non_linearity"] = _LEGACY_ACTIVATIONS.get(activation, activation)
+    # task adapters of the first library name an invertible adapter that they do not have
+    has_inverse = any("invertible_adapters." in key for key in tensors)
     try:
         config = AdapterConfig.load(values)
+        if saved.get("type") == "text_task" and not has_inverse:
+            config = config.replace(inv_adapter=None, inv_adapter_reduction_factor=None)
+        config.check_supported()
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{source}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    # task adapters of the first library name an invertible adapter that they do not have
-    if saved.get("type") == "text_task" and not any("invertible_adapters." in k for k in tensors):
-        config = config.replace(inv_adapter=None, inv_adapter_reduction_factor=None)
     return config
+
+
+def _check_bottlenecks(
+    model: nn.Module, name: str, config: BnConfig, tensors: Mapping[str, Tensor], source: str
+) -> None:
+    """Compare the bottlenecks of a configuration with the tensors: before memory is taken for them.
+
+    Raises:
+        ValueError: another size than the tensors have or, where they are missing, one beyond them.
+    """
+    paths = {module: _bare(model, path) for path, module in model.named_modules()}
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    hidden_size = model.config.hidden_size
+    for layer in model.model_adapters.layers:
+        if not config.match(layer.layer_idx, layer.location):
+            continue
+        try:
+            size = config.bottleneck_size(hidden_size, layer.layer_idx)
+        except (OverflowError, ValueError) as error:
+            raise ValueError(
+                f"{source}: no bottleneck size from 'reduction_factor': {error}"
+            ) from error
+        key = f"{paths[layer.adapters]}.{name}.adapter_up.weight"
+        up = tensors.get(key)
+        if up is not None and list(up.shape) != [hidden_size, size]:
+            raise ValueError(
+                f"{source}: shapes differ: {key}: expected [{hidden_size}, {size}], from the "
+                f"model's hidden_size and the file's reduction_factor; got {list(up.shape)}"
+            )
+        if up is None and size > largest:
+            raise ValueError(
+                f"{source}: missing {key}, and no tensor is as large as the bottleneck of {size} "
+                "that the file's reduction_factor gives"
+            )
 
 
 def _add_or_compare(
@@ -466,6 +517,7 @@ def save_adapter_fusion(
         use_safetensors: False writes the pickle that `adapters` reads by default.
 
     Raises:
+        NotADirectoryError: `save_directory` is something else.
         ValueError: the model has no such fusion, or no such head.
     """
     name = _fusion_name(adapter_names)
@@ -493,7 +545,7 @@ def save_adapter_fusion(
     if temperatures:
         config["temperature"] = temperatures
     tensors = select(_state(model), "fusion", name)
-    write_files(save_directory, FUSION_FILES, config, tensors, use_safetensors)
+    write_files(save_directory, FUSION_FILES, config, tensors, use_safetensors, "save_directory")
     if head_name:
         save_head(model, save_directory, head_name, use_safetensors=use_safetensors)
 
@@ -508,6 +560,7 @@ def save_all_adapter_fusions(
     """Write every fusion into a directory of its name; arguments as `save_adapter_fusion`.
 
     Raises:
+        NotADirectoryError: a name's directory is something else.
         ValueError: a name cannot be that of a directory; nothing is written then.
     """
     configs = model.adapters_config.fusions
@@ -535,10 +588,10 @@ def load_adapter_fusion(
     Args:
         model: a patched model.
         adapter_fusion_name_or_path: a directory, as `save_adapter_fusion` or `adapters` wrote it.
-        load_as: its new name; the names of its adapters stay.
+        load_as: its new name, and that of the head; the names of its adapters stay.
         set_active: activate the fusion over its adapters, and the head.
-        with_head: also load the head in the directory, where there is one, under its own name. One
-            that the model cannot take is left, with a warning.
+        with_head: also load the head in the directory, where there is one. One that the model
+            cannot take is left, with a warning.
         strict, use_safetensors: as in `load_adapter`.
 
     Returns:
@@ -546,18 +599,27 @@ def load_adapter_fusion(
 
     Raises:
         FileNotFoundError: the directory or a file is missing.
+        NotADirectoryError: `adapter_fusion_name_or_path` is something else.
+        NotImplementedError: a hub's identifier, or a head that is not supported yet.
         ValueError: the files are damaged or do not fit the model, or an adapter is missing.
     """
-    saved, tensors = read_files(adapter_fusion_name_or_path, FUSION_FILES, use_safetensors)
+    argument = "adapter_fusion_name_or_path"
+    saved, tensors = read_files(
+        adapter_fusion_name_or_path, FUSION_FILES, use_safetensors, argument
+    )
     source = str(Path(adapter_fusion_name_or_path) / FUSION_FILES.config)
     saved_name = _field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
-    check_module_name(name, "load_as" if load_as else f"{source}: name")
+    check_module_name(name, f"{source}: name" if load_as is None else "load_as")
     _check_hidden_size(model, saved, source)
     record = model.adapters_config
     # files from before fusions had names list the adapters in the name alone
     saved.setdefault("adapter_names", saved_name.split(","))
     adapter_names = _field(saved, "adapter_names", (list,), source)
+    if not adapter_names or not all(isinstance(n, str) for n in adapter_names):
+        raise ValueError(
+            f"{source}: expected names of adapters under 'adapter_names'; got {adapter_names!r}"
+        )
     if missing := [n for n in adapter_names if n not in record.adapters]:
         raise ValueError(f"{source}: the model lacks the adapters {missing} of fusion {name!r}")
     try:
@@ -574,7 +636,7 @@ def load_adapter_fusion(
     head = None
     if with_head:
         head = _read_head_beside(
-            model, adapter_fusion_name_or_path, None, use_safetensors, None, strict
+            model, adapter_fusion_name_or_path, load_as, use_safetensors, None, strict, argument
         )
 
     own_name = None if name == ",".join(adapter_names) else name
@@ -608,7 +670,7 @@ def _temperatures(
     """Path of a fusion module, without the base model's prefix, -> its temperature."""
     temperatures = saved.get("temperature", {})
     is_valid = isinstance(temperatures, dict) and all(
-        isinstance(value, (int, float)) and value >= 1 for value in temperatures.values()
+        isinstance(value, (int, float)) and 1 <= value < math.inf for value in temperatures.values()
     )
     if not is_valid:
         raise ValueError(
@@ -636,6 +698,7 @@ def save_head(
         use_safetensors: False writes the pickle that `adapters` reads by default.
 
     Raises:
+        NotADirectoryError: `save_directory` is something else.
         ValueError: the model has no head, or none of this name.
     """
     if _has_static_head(model):
@@ -647,7 +710,8 @@ def save_head(
             label2id=model.config.label2id,
             num_labels=model.config.num_labels,
         )
-        write_files(save_directory, HEAD_FILES, config, _static_head(model), use_safetensors)
+        tensors = _static_head(model)
+        write_files(save_directory, HEAD_FILES, config, tensors, use_safetensors, "save_directory")
         return
     if not hasattr(model, "heads"):
         raise ValueError(f"model: {type(model).__name__} has no prediction head")
@@ -657,7 +721,7 @@ def save_head(
         raise ValueError(f"head_name: expected one of the model's heads {known}; got {name!r}")
     config = _full_config(model, None, name=name, config=model.heads[name].config)
     tensors = select(_state(model), "head", name)
-    write_files(save_directory, HEAD_FILES, config, tensors, use_safetensors)
+    write_files(save_directory, HEAD_FILES, config, tensors, use_safetensors, "save_directory")
 
 
 def save_all_heads(
@@ -665,9 +729,16 @@ def save_all_heads(
 ) -> None:
     """Write every head of a model with heads by name into a directory of its name.
 
+    Args:
+        model, save_directory, use_safetensors: as in `save_head`.
+
     Raises:
-        ValueError: a name cannot be that of a directory; nothing is written then.
+        NotADirectoryError: a name's directory is something else.
+        ValueError: the model has no heads by name, or a name cannot be that of a directory; nothing
+            is written then.
     """
+    if not hasattr(model, "heads"):
+        raise ValueError(f"model: {type(model).__name__} has no prediction heads by name")
     targets = {name: subdirectory(save_directory, name) for name in model.heads}
     for name, target in targets.items():
         save_head(model, target, name, use_safetensors=use_safetensors)
@@ -698,10 +769,13 @@ def load_head(
 
     Raises:
         FileNotFoundError: the directory or a file is missing.
-        NotImplementedError: a head type that is not supported yet.
+        NotADirectoryError: `save_directory` is something else.
+        NotImplementedError: a hub's identifier, or a head type that is not supported yet.
         ValueError: the files are damaged or do not fit the model.
     """
-    head = _read_head(model, save_directory, load_as, use_safetensors, id2label, strict)
+    head = _read_head(
+        model, save_directory, load_as, use_safetensors, id2label, strict, "save_directory"
+    )
     return head.apply(set_active)
 
 
@@ -744,15 +818,16 @@ def _read_head_beside(
     use_safetensors: bool | None,
     id2label: Mapping[int, str] | None,
     strict: bool,
+    argument: str,
 ) -> _ReadHead | None:
     """The head beside an adapter or fusion, if there is one that the model can take."""
     takes_heads = hasattr(model, "heads") or _has_static_head(model)
     if not takes_heads or not (Path(directory) / HEAD_FILES.config).is_file():
         return None
     try:
-        return _read_head(model, directory, load_as, use_safetensors, id2label, strict)
+        return _read_head(model, directory, load_as, use_safetensors, id2label, strict, argument)
     except _OtherHead as error:
-        warnings.warn(f"with_head: the head is left out: {error}", stacklevel=4)
+        _warn(f"with_head: the head is left out: {error}")
     return None
 
 
@@ -767,35 +842,67 @@ def _read_head(
     use_safetensors: bool | None,
     id2label: Mapping[int, str] | None,
     strict: bool,
+    argument: str,
 ) -> _ReadHead:
     """Read a head and check it against the model, which is not changed."""
-    saved, tensors = read_files(directory, HEAD_FILES, use_safetensors)
+    saved, tensors = read_files(directory, HEAD_FILES, use_safetensors, argument)
     source = str(Path(directory) / HEAD_FILES.config)
-    _check_tensors(tensors, source)
     saved_class = _field(saved, "model_class", (str,), source)
     own_class = type(model).__name__
     # the first library's name for classes with heads by name
     if saved_class.replace("ModelWithHeads", "AdapterModel") != own_class:
         raise _OtherHead(f"{source}: expected a head of {own_class}; got one of {saved_class}")
     _check_hidden_size(model, saved, source)
-    label2id = None
-    if id2label is not None:
-        label2id = {label: int(i) for i, label in id2label.items()}
 
     if not hasattr(model, "heads"):
-        if label2id is None and saved.get("label2id"):
-            label2id = {label: int(i) for label, i in saved["label2id"].items()}
+        label2id = _static_label2id(saved, id2label, source)
         tensors = _match(tensors, _static_head(model), strict, source)
         return _ReadHead(model, None, tensors, label2id)
 
     saved_name = _field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
+    check_module_name(name, f"{source}: name" if load_as is None else "load_as")
     config = dict(_field(saved, "config", (dict,), source))
-    if label2id is not None:
-        config["label2id"] = label2id
-    head = head_from_config(model, name, config)
+    if id2label is not None:
+        config |= {"id2label": id2label, "label2id": None}
+    _field(config, "head_type", (str,), source)
     tensors = rename(tensors, "head", saved_name, name)
+    _check_head_size(config, tensors, source)
+    try:
+        head = head_from_config(model, name, config)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     expected = {f"heads.{name}.{key}": tensor for key, tensor in head.state_dict().items()}
     tensors = _match(tensors, expected, strict, source)
     own = {key.removeprefix(f"heads.{name}."): tensor for key, tensor in tensors.items()}
     return _ReadHead(model, head, own, None)
+
+
+def _static_label2id(
+    saved: Mapping[str, Any], id2label: Mapping[int, str] | None, source: str
+) -> dict[str, int] | None:
+    """Label -> number for a class with one head: the user's, or those of the file."""
+    if id2label is not None:
+        return {label: int(i) for i, label in id2label.items()}
+    labels = saved.get("label2id")
+    if not labels:
+        return None
+    try:
+        return {label: int(i) for label, i in labels.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{source}: expected label -> number under 'label2id'; got {labels!r}"
+        ) from error
+
+
+def _check_head_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a head that is larger than its tensors: before memory is taken for it."""
+    rows = max((t.shape[0] for t in tensors.values() if t.dim()), default=0)
+    for key, largest in (("layers", len(tensors)), ("num_labels", rows)):
+        size = config.get(key)
+        if isinstance(size, int) and size > largest:
+            raise ValueError(
+                f"{source}: expected {key!r} to be at most {largest}, by the tensors; got {size}"
+            )

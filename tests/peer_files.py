@@ -3,6 +3,7 @@
 Usage: python peer_files.py MODEL_DIRECTORY EXCHANGE_DIRECTORY
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ for kind, use_safetensors in (("safetensors", True), ("bin", False)):
     model.eval()
     run(model, exchange / f"{kind}.safetensors")
 
-    for part in ("adapters", "fusions", "heads"):
+    for part in ("adapters", "fusions", "heads", "with head"):
         (theirs / part).mkdir(parents=True)
     for name in ADAPTERS:
         if name == "n" and use_safetensors:
@@ -69,6 +70,26 @@ for kind, use_safetensors in (("safetensors", True), ("bin", False)):
     adapters.init(static)
     static.load_adapter(str(ours / "static"), use_safetensors=use_safetensors)
     static.save_adapter(str(theirs / "static"), "a", use_safetensors=use_safetensors)
+
+    heads = {}
+    for load_as in (None, "mine"):
+        model = AutoAdapterModel.from_pretrained(model_directory, attn_implementation="eager")
+        for name in "ab":
+            path = str(ours / "adapters" / name)
+            model.load_adapter(path, with_head=False, use_safetensors=use_safetensors)
+        path = str(ours / "with head")
+        model.load_adapter_fusion(
+            path, load_as=load_as, set_active=True, use_safetensors=use_safetensors
+        )
+        (name,) = model.adapters_config.fusions
+        heads[load_as or ""] = [name, list(model.heads), model.active_head]
+        model.save_adapter_fusion(
+            str(theirs / "with head" / name),
+            name,
+            with_head=model.active_head,
+            use_safetensors=use_safetensors,
+        )
+    (exchange / f"{kind}_heads.json").write_text(json.dumps(heads))
 
 model = AutoAdapterModel.from_pretrained(exchange / "ours/model", attn_implementation="eager")
 run(model.eval(), exchange / "model.safetensors")

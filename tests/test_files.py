@@ -28,8 +28,12 @@ def read(directory, same_config, use_safetensors=None):
     return tensors["w"]
 
 
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def hidden(directory):
-    return [path.name for path in directory.iterdir() if path.name.startswith(".")]
+    return [name for name in contents(directory) if name.startswith(".")]
 
 
 class Crash(BaseException):
@@ -83,8 +87,11 @@ FORMATS = pytest.mark.parametrize(
 @pytest.mark.parametrize("kind", ["before", "after", "killed"])
 @FORMATS
 def test_interrupted_write(monkeypatch, tmp_path, kind, old_format, new_format, same_config):
+    before = {}
+
     def write_one(path, start):
         write(path, OLD, same_config, old_format)
+        before[path] = contents(path)
         start()
         write(path, NEW, same_config, new_format)
 
@@ -93,6 +100,8 @@ def test_interrupted_write(monkeypatch, tmp_path, kind, old_format, new_format, 
         tensor = read(path, same_config)
         found.append(tensor.tolist())
         assert found[-1] in (OLD.tolist(), NEW.tolist())
+        if kind != "killed" and torch.equal(tensor, OLD):
+            assert contents(path) == before[path]
         expected = old_format if torch.equal(tensor, OLD) else new_format
         assert torch.equal(read(path, same_config, expected), tensor)
         with contextlib.suppress(FileNotFoundError):
@@ -100,9 +109,30 @@ def test_interrupted_write(monkeypatch, tmp_path, kind, old_format, new_format, 
             assert torch.equal(read(path, same_config, not expected), tensor)
         write(path, NEWEST, same_config, new_format)
         assert torch.equal(read(path, same_config), NEWEST)
+        if kind != "killed":
+            weights = ADAPTER_FILES.safetensors if new_format else ADAPTER_FILES.pickle
+            assert contents(path).keys() == {ADAPTER_FILES.config, weights}
     # the older pair up to some step, the new one from there on
     assert OLD.tolist() in found and NEW.tolist() in found
     assert found == sorted(found, key=len)
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "killed"])
+@pytest.mark.parametrize("use_safetensors", [True, False])
+def test_interrupted_first_write(monkeypatch, tmp_path, kind, use_safetensors):
+    def write_one(path, start):
+        path.mkdir()
+        start()
+        write(path, NEW, True, use_safetensors)
+
+    found = []
+    for path in interrupted_writes(monkeypatch, tmp_path, kind, write_one):
+        try:
+            found.append(torch.equal(read(path, True), NEW))
+        except FileNotFoundError:
+            found.append(False)
+            assert kind == "killed" or not contents(path)
+    assert found == sorted(found) and set(found) == {False, True}
 
 
 @pytest.mark.parametrize("same_config", [True, False])
@@ -179,6 +209,42 @@ def test_warning_about_an_interrupted_write(monkeypatch, tmp_path, caplog):
         read(tmp_path, True, use_safetensors=False)
     write(tmp_path, NEWEST, True)
     assert hidden(tmp_path) == [] and torch.equal(read(tmp_path, True), NEWEST)
+
+
+def test_choice_of_format(tmp_path):
+    both, one = tmp_path / "both", tmp_path / "one"
+    write(both, OLD, True, use_safetensors=False)
+    pickled = (both / ADAPTER_FILES.pickle).read_bytes()
+    write(both, NEW, True)
+    (both / ADAPTER_FILES.pickle).write_bytes(pickled)
+    for choice, expected in ((None, NEW), (True, NEW), (False, OLD)):
+        assert torch.equal(read(both, True, choice), expected)
+    write(one, OLD, True, use_safetensors=False)
+    for choice in (None, False):
+        assert torch.equal(read(one, True, choice), OLD)
+    with pytest.raises(FileNotFoundError, match="no adapter.safetensors in"):
+        read(one, True, use_safetensors=True)
+    (one / ADAPTER_FILES.pickle).unlink()
+    with pytest.raises(FileNotFoundError, match="no adapter.safetensors or pytorch_adapter.bin in"):
+        read(one, True)
+
+
+def test_errors_name_the_argument_of_the_caller(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / ADAPTER_FILES.config).write_text("{}")
+    for arguments, name in (({}, "directory"), ({"argument": "mine"}, "mine")):
+        for directory, error in (
+            ("file", NotADirectoryError),
+            ("missing", FileNotFoundError),
+            (".", FileNotFoundError),
+            ("config", FileNotFoundError),
+            ("name@hub", NotImplementedError),
+        ):
+            with pytest.raises(error, match=f"^{name}: "):
+                read_files(tmp_path / directory, ADAPTER_FILES, **arguments)
+        with pytest.raises(NotADirectoryError, match=f"^{name}: "):
+            write_files(tmp_path / "file", ADAPTER_FILES, {}, {}, **arguments)
 
 
 def test_every_write_has_a_configuration_of_its_own(tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -289,8 +290,13 @@ def test_load_as(model, tmp_path):
         assert one and [k.replace(f".{old}.", f".{new}.") for k in one] == list(two)
         assert all(torch.equal(x, y) for x, y in zip(one.values(), two.values(), strict=True))
     for name in ("x.y", "", "keys"):
-        with unchanged(model), pytest.raises(ValueError, match="load_as"):
-            files.load_adapter(model, tmp_path / "a", load_as=name)
+        for load, directory in (
+            (model.load_adapter, "a"),
+            (model.load_adapter_fusion, "f"),
+            (model.load_head, "a"),
+        ):
+            with unchanged(model), pytest.raises(ValueError, match="^load_as: "):
+                load(tmp_path / directory, load_as=name)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "a\\b", "/x"])
@@ -375,135 +381,57 @@ def test_unknown_things_are_named(model, tmp_path):
         files.save_head(model, tmp_path / "x", "z")
     with pytest.raises(ValueError, match="with_head.*'a,c'"):
         files.save_adapter_fusion(model, tmp_path / "x", "a,c", with_head=True)
+    with pytest.raises(ValueError, match=r"^model: .* no prediction heads by name"):
+        files.save_all_heads(static(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file"):
-        files.save_adapter(model, tmp_path / "file", "a")
 
 
-def test_the_other_format_is_superseded(model, tmp_path):
-    files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
-    randomize(model, seed=1)
-    files.save_adapter(model, tmp_path, "a", with_head=False)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["adapter.safetensors", "adapter_config.json"]
-
-
-def test_choice_of_format(model, tmp_path):
-    files.save_adapter(model, tmp_path, "a", use_safetensors=False)
-    assert_equal(*(read_files(tmp_path, ADAPTER_FILES, flag)[1] for flag in (None, False)))
-    with pytest.raises(FileNotFoundError, match="adapter.safetensors"):
-        read_files(tmp_path, ADAPTER_FILES, use_safetensors=True)
-    (tmp_path / ADAPTER_FILES.pickle).unlink()
-    with pytest.raises(FileNotFoundError, match="adapter.safetensors or pytorch_adapter.bin"):
-        read_files(tmp_path, ADAPTER_FILES)
-
-
-OLD = ({"name": "old"}, {"w": torch.zeros(3)})
-NEW = ({"name": "new"}, {"w": torch.ones(4)})
-
-
-def write(directory, pair, use_safetensors):
-    files.write_files(directory, ADAPTER_FILES, *pair, use_safetensors)
-
-
-def assert_pair(directory, pair):
-    config, tensors = read_files(directory, ADAPTER_FILES)
-    assert config == pair[0]
-    assert_equal(tensors, pair[1])
-
-
-class Crash(BaseException):
-    pass
-
-
-def failing(function, call, lasting):
-    """`function`, which raises at its n-th call, and from then on if `lasting`."""
-    calls = 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call or (lasting and calls > call):
-            raise Crash
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize(
-    ("function", "call"), [("replace", 1), ("replace", 2), ("fsync", 1), ("fsync", 2)]
-)
-@pytest.mark.parametrize("old_format", [True, False])
-@pytest.mark.parametrize("new_format", [True, False])
-def test_crash_leaves_the_old_pair(
-    monkeypatch, tmp_path, old_format, new_format, function, call, lasting
-):
-    write(tmp_path, OLD, old_format)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, failing(getattr(os, function), call, lasting))
-        with pytest.raises(Crash):
-            write(tmp_path, NEW, new_format)
-    assert_pair(tmp_path, OLD)
-    if not lasting:
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    write(tmp_path, NEW, new_format)
-    assert_pair(tmp_path, NEW)
-    assert len(list(tmp_path.iterdir())) == 2
+def test_a_file_in_place_of_the_directory(model, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    for save, *arguments in (
+        (model.save_adapter, "a"),
+        (model.save_adapter_fusion, "a,c"),
+        (model.save_head, "a"),
+        (static().save_head,),
+    ):
+        with pytest.raises(NotADirectoryError, match=r"^save_directory: .*file"):
+            save(path, *arguments)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("same_config", [True, False])
-@pytest.mark.parametrize("old_format", [True, False])
-@pytest.mark.parametrize("call", [1, 2])
-def test_killed_process_leaves_the_old_pair(monkeypatch, tmp_path, old_format, same_config, call):
-    write(tmp_path, OLD, old_format)
-    new = (OLD[0] if same_config else NEW[0], NEW[1])
+@pytest.mark.parametrize("move", [1, 2, 3])
+def test_process_that_is_killed_while_it_saves(model, tmp_path, move):
+    """The second move decides: it puts the new configuration in place of the older one."""
+    files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
+    older = files.select(model.state_dict(), "adapter", "a")
+    older = {key: tensor.clone() for key, tensor in older.items()}
+    randomize(model, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
         child = os.fork()
     if child == 0:
-        calls = 0
+        moves = 0
         replace = os.replace
 
         def killing(*args):
-            nonlocal calls
-            calls += 1
-            if calls == call:
+            nonlocal moves
+            moves += 1
+            if moves == move:
                 os._exit(7)
             replace(*args)
 
         os.replace = killing
         try:
-            write(tmp_path, new, True)
+            files.save_adapter(model, tmp_path, "a", with_head=False)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert_pair(tmp_path, OLD)
-    write(tmp_path, new, True)
-    assert_pair(tmp_path, new)
-
-
-def test_first_write_that_crashes_leaves_nothing_to_read(monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", failing(os.replace, 2, False))
-        with pytest.raises(Crash):
-            write(tmp_path, NEW, True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_file_system_without_links(monkeypatch, tmp_path):
-    def refuse(*_):
-        raise OSError("no links")
-
-    monkeypatch.setattr(os, "link", refuse)
-    write(tmp_path, OLD, True)
-    monkeypatch.setattr(os, "replace", failing(os.replace, 2, True))
-    with pytest.raises(Crash):
-        write(tmp_path, NEW, True)
-    assert_pair(tmp_path, OLD)
+    newer = files.select(model.state_dict(), "adapter", "a")
+    newer = {key: tensor.clone() for key, tensor in newer.items()}
+    files.load_adapter(model, tmp_path)
+    expected = older if move < 3 else newer
+    assert_equal(files.select(model.state_dict(), "adapter", "a"), expected)
 
 
 @pytest.mark.parametrize("use_safetensors", [True, False])
@@ -574,8 +502,18 @@ def test_json_of_something_else(model, tmp_path):
         path.write_text(json.dumps(content))
         with unchanged(model), pytest.raises(ValueError, match=named):
             files.load_adapter(model, tmp_path, load_as="new")
-    path.write_text(json.dumps({**config, "config": {"architecture": "lora", "r": 8}}))
-    with unchanged(model), pytest.raises(NotImplementedError, match="lora"):
+    for values, named in (
+        ({"architecture": "lora", "r": 8}, "lora"),
+        ({**config["config"], "phm_layer": True}, "phm_layer"),
+    ):
+        path.write_text(json.dumps({**config, "config": values}))
+        with unchanged(model), pytest.raises(NotImplementedError, match=f"{path.name}: .*{named}"):
+            files.load_adapter(model, tmp_path, load_as="new")
+    # from before files had a version
+    values = {key: value for key, value in config["config"].items() if key != "non_linearity"}
+    config = {key: value for key, value in config.items() if key != "version"}
+    path.write_text(json.dumps({**config, "config": values}))
+    with unchanged(model), pytest.raises(ValueError, match="non_linearity"):
         files.load_adapter(model, tmp_path, load_as="new")
 
 
@@ -586,13 +524,18 @@ def test_json_of_something_else(model, tmp_path):
         ("AdapterHub/bert-base-uncased-pf-sst2", FileNotFoundError, "hub"),
         ("sentiment/sst-2@ukp", NotImplementedError, "hub"),
         ("https://example.org/adapter.zip", NotImplementedError, "URL"),
-        (__file__, NotADirectoryError, "directory"),
-        (str(GOLDEN), FileNotFoundError, "adapter_config.json"),
+        (__file__, NotADirectoryError, "is a file"),
+        (str(GOLDEN), FileNotFoundError, "_config.json"),
     ],
 )
 def test_missing_directories(model, directory, error, named):
-    with unchanged(model), pytest.raises(error, match=named):
-        files.load_adapter(model, directory)
+    for load, argument in (
+        (model.load_adapter, "adapter_name_or_path"),
+        (model.load_adapter_fusion, "adapter_fusion_name_or_path"),
+        (model.load_head, "save_directory"),
+    ):
+        with unchanged(model), pytest.raises(error, match=f"^{argument}: .*{named}"):
+            load(directory)
 
 
 def edit(directory, change, names=ADAPTER_FILES):
@@ -674,11 +617,86 @@ def test_shapes(model, tmp_path):
             files.load_adapter(model, tmp_path, load_as="new", strict=strict)
 
 
+def rewrite(directory, names, **changes):
+    """Change values of the configuration inside a JSON file."""
+    path = directory / names.config
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "config": {**saved["config"], **changes}}))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("factor", "named"),
+    [
+        (5e-324, "reduction_factor"),
+        (1e-300, r"encoder.layer.0\S*up.weight: expected \[32, 3\d{301}\].*got \[32, 4\]"),
+        (1e-9, r"encoder.layer.0\S*up.weight: expected \[32, 3\d{10}\].*got \[32, 4\]"),
+        (1000, r"encoder.layer.0\S*up.weight: expected \[32, 1\].*got \[32, 4\]"),
+        ({"0": 8, "default": 1e-9}, r"encoder.layer.1\S*up.weight: .*got \[32, 4\]"),
+        ({"0": 8}, "no bottleneck size .*layer 1"),
+    ],
+)
+def test_bottlenecks_are_compared_before_memory_is_taken(
+    monkeypatch, model, tmp_path, factor, named, strict
+):
+    files.save_adapter(model, tmp_path, "a", with_head=False)
+    rewrite(tmp_path, ADAPTER_FILES, reduction_factor=factor)
+    monkeypatch.setattr(torch.nn, "Linear", None)
+    with unchanged(model), pytest.raises(ValueError, match=rf"adapter_config.json: .*{named}"):
+        files.load_adapter(model, tmp_path, load_as="new", strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_bottlenecks_without_a_tensor(monkeypatch, model, tmp_path, strict):
+    files.save_adapter(model, tmp_path, "a", with_head=False)
+    edit(tmp_path, lambda tensors: [tensors.pop(k) for k in list(tensors) if "layer.1." in k])
+    if not strict:
+        with pytest.warns(UserWarning, match="missing"):
+            files.load_adapter(model, tmp_path, load_as="sound", strict=False)
+    rewrite(tmp_path, ADAPTER_FILES, reduction_factor={"0": 8, "default": 1e-9})
+    monkeypatch.setattr(torch.nn, "Linear", None)
+    with unchanged(model), pytest.raises(ValueError, match=r"missing encoder.layer.1\S*up.weight"):
+        files.load_adapter(model, tmp_path, load_as="new", strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_sizes_of_heads_are_compared_before_memory_is_taken(monkeypatch, model, tmp_path, strict):
+    files.save_adapter(model, tmp_path, "a")
+    for key, size, largest in (("layers", 10**9, 4), ("num_labels", 10**12, 32)):
+        with monkeypatch.context() as patch:
+            path = tmp_path / HEAD_FILES.config
+            text = path.read_text()
+            rewrite(tmp_path, HEAD_FILES, **{key: size})
+            patch.setattr(torch.nn, "Linear", None)
+            for load in (model.load_head, model.load_adapter):
+                with (
+                    unchanged(model),
+                    pytest.raises(ValueError, match=f"head_config.*'{key}'.*{largest}.*{size}"),
+                ):
+                    load(tmp_path, load_as="new", strict=strict)
+            path.write_text(text)
+
+
+def test_a_bottleneck_of_one(model, tmp_path):
+    """Where the hidden size is smaller than the factor, one is what `adapters` makes of it."""
+    model.add_adapter("one", config="seq_bn[reduction_factor=1000]")
+    files.save_adapter(model, tmp_path, "one")
+    files.load_adapter(model, tmp_path, load_as="new")
+    assert model.bert.encoder.layer[0].output.adapters["new"].adapter_up.weight.shape == (32, 1)
+
+
 def test_dtypes(model, tmp_path):
     files.save_adapter(model, tmp_path, "a", with_head=False)
     edit(tmp_path, lambda tensors: tensors.update({first(tensors): torch.ones(4).int()}))
     with unchanged(model), pytest.raises(ValueError, match="floating-point.*int32"):
         files.load_adapter(model, tmp_path, load_as="new")
+    for tensor in (torch.ones(4).to_sparse(), torch.empty(4, device="meta")):
+        files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
+        path = tmp_path / ADAPTER_FILES.pickle
+        tensors = torch.load(path)
+        torch.save({**tensors, first(tensors): tensor}, path)
+        with unchanged(model), pytest.raises(ValueError, match="expected dense.*(sparse|meta)"):
+            files.load_adapter(model, tmp_path, load_as="new")
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         files.save_adapter(model, tmp_path, "a", with_head=False)
         edit(tmp_path, lambda t, d=dtype: t.update({k: v.to(d) for k, v in t.items()}))
@@ -703,9 +721,46 @@ def test_nan_is_named(model, tmp_path):
     with pytest.warns(UserWarning, match="NaN or infinity") as caught:
         files.load_adapter(model, tmp_path, load_as="new")
     text = " ".join(str(w.message) for w in caught)
-    assert "encoder.layer.1.output.adapters.a.adapter_up.bias" in text
-    assert "heads.a.1.weight" in text
+    assert "encoder.layer.1.output.adapters.new.adapter_up.bias" in text
+    assert "heads.new.1.weight" in text
     assert "layer.0" not in text
+    for load_as in (None, "newer"):
+        with unchanged(model), no_warnings(), pytest.raises(UserWarning, match="NaN"):
+            files.load_adapter(model, tmp_path, load_as=load_as)
+
+
+def test_warnings_point_at_the_line_that_called(model, tmp_path):
+    with torch.no_grad():
+        for parameter in (*model.bert.parameters(), *model.heads.parameters()):
+            parameter.view(-1)[0] = float("nan")
+    files.save_adapter(model, tmp_path / "nan", "a")
+    files.save_adapter_fusion(model, tmp_path / "nan", "a,c", with_head="a")
+    for name, names in (("a", ADAPTER_FILES), ("f", FUSION_FILES), ("h", HEAD_FILES)):
+        files.save_adapter(model, tmp_path / name, "b")
+        files.save_adapter_fusion(model, tmp_path / name, "a,c", with_head="a")
+        edit(tmp_path / name, lambda tensors: tensors.pop(first(tensors)), names)
+    other = GOLDEN / "groups/bert-static-head/adapters/a"
+    files.save_adapter_fusion(model, tmp_path / "other", "a,c")
+    for name in (HEAD_FILES.config, HEAD_FILES.pickle):
+        (tmp_path / "other" / name).write_bytes((other / name).read_bytes())
+    calls = {
+        "NaN.*adapters": lambda: model.load_adapter(tmp_path / "nan"),
+        "NaN.*fusion": lambda: model.load_adapter_fusion(tmp_path / "nan"),
+        "NaN.*heads": lambda: model.load_head(tmp_path / "nan"),
+        "missing.*adapters": lambda: model.load_adapter(tmp_path / "a", strict=False),
+        "missing.*fusion": lambda: model.load_adapter_fusion(tmp_path / "f", strict=False),
+        "missing.*heads": lambda: model.load_head(tmp_path / "h", strict=False),
+        "config: ignored": lambda: model.load_adapter(tmp_path / "nan", config="par_bn"),
+        "left out.*a/head": lambda: model.load_adapter(other, load_as="left"),
+        "left out.*other/head": lambda: model.load_adapter_fusion(tmp_path / "other"),
+    }
+    for text, call in calls.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert any(re.search(text, str(warning.message)) for warning in caught), text
+        line = call.__code__.co_firstlineno
+        assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}, text
 
 
 def test_an_adapter_of_that_name(model, tmp_path):
@@ -788,6 +843,15 @@ def test_fusion_needs_its_adapters(model, tmp_path):
         files.load_adapter_fusion(other, tmp_path)
 
 
+@pytest.mark.parametrize("names", [[], [1, "a"], [["a"], "c"], "a,c", None])
+def test_adapters_of_a_fusion_that_are_no_names(model, tmp_path, names):
+    files.save_adapter_fusion(model, tmp_path, "a,c")
+    path = tmp_path / FUSION_FILES.config
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter_names": names}))
+    with unchanged(model), pytest.raises(ValueError, match=r"fusion_config.json: .*adapter_names"):
+        files.load_adapter_fusion(model, tmp_path, load_as="new")
+
+
 def test_fusion_that_exists(model, tmp_path):
     files.save_adapter_fusion(model, tmp_path, "a,c")
     saved = read_files(tmp_path, FUSION_FILES)[1]
@@ -811,9 +875,13 @@ def test_fusion_set_active_and_head(model, tmp_path):
         files.load_adapter_fusion(model, tmp_path, with_head=False)
     files.load_adapter_fusion(model, tmp_path)
     assert "task" in model.heads and model.active_head == "a"
+    task = {key: tensor.clone() for key, tensor in model.heads["task"].state_dict().items()}
+    model.delete_head("task")
     files.load_adapter_fusion(model, tmp_path, load_as="mine", set_active=True)
     assert model.active_adapters == Fuse("a", "c", name="mine")
-    assert model.active_head == "task"
+    # the head takes the fusion's new name, as in adapters
+    assert list(model.heads) == ["a", "mine"] and model.active_head == "mine"
+    assert_equal(model.heads["mine"].state_dict(), task)
 
 
 def test_head_beside_a_fusion(model, tmp_path):
@@ -876,7 +944,7 @@ def test_temperature(model, tmp_path):
     files.save_adapter_fusion(model, tmp_path, "a,c")
     assert "temperature" not in read_files(tmp_path, FUSION_FILES)[0]
     path = tmp_path / FUSION_FILES.config
-    for wrong in (20, {"x": "hot"}, {"x": 0.5}):
+    for wrong in (20, {"x": "hot"}, {"x": 0.5}, {"x": float("inf")}):
         path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": wrong}))
         with unchanged(model), pytest.raises(ValueError, match="temperature"):
             files.load_adapter_fusion(model, tmp_path, load_as="v")
@@ -922,6 +990,27 @@ def test_load_head(model, tmp_path):
         files.load_head(model, tmp_path, load_as="c", strict=False)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("head_type", ["classification"]), ("label2id", [1]), ("label2id", {"x": "y"}), ("layers", 0)],
+)
+def test_head_configuration_of_something_else(model, tmp_path, key, value):
+    files.save_head(model, tmp_path)
+    rewrite(tmp_path, HEAD_FILES, **{key: value})
+    with unchanged(model), pytest.raises(ValueError, match=f"head_config.json: .*{key}"):
+        files.load_head(model, tmp_path, load_as="new")
+
+
+def test_labels_of_something_else_in_a_class_with_a_head(tmp_path):
+    model = static()
+    files.save_head(model, tmp_path)
+    path = tmp_path / HEAD_FILES.config
+    for labels in ([1], {"x": "y"}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "label2id": labels}))
+        with unchanged(model), pytest.raises(ValueError, match="head_config.json: .*label2id"):
+            files.load_head(model, tmp_path)
+
+
 def test_head_types_that_come_later():
     model = flexible("roberta")
     with unchanged(model), pytest.raises(NotImplementedError, match="masked_lm"):
@@ -932,6 +1021,12 @@ def test_damaged_head_beside_a_sound_adapter(model, tmp_path):
     files.save_adapter(model, tmp_path, "a")
     (tmp_path / HEAD_FILES.safetensors).write_bytes(b"no")
     with unchanged(model), pytest.raises(ValueError, match="model_head"):
+        files.load_adapter(model, tmp_path, load_as="new")
+    (tmp_path / HEAD_FILES.safetensors).unlink()
+    with (
+        unchanged(model),
+        pytest.raises(FileNotFoundError, match=r"^adapter_name_or_path: no model_head"),
+    ):
         files.load_adapter(model, tmp_path, load_as="new")
     files.load_adapter(model, tmp_path, load_as="new", with_head=False)
 
@@ -1040,6 +1135,9 @@ def exchange(tmp_path_factory):
         files.save_all_adapter_fusions(model, target / "fusions", use_safetensors=use_safetensors)
         files.save_all_heads(model, target / "heads", use_safetensors=use_safetensors)
         files.save_adapter(one_class, target / "static", "a", use_safetensors=use_safetensors)
+        files.save_adapter_fusion(
+            model, target / "with head", "a,b", with_head="task", use_safetensors=use_safetensors
+        )
     whole = flexible()
     for name in ("a", "b", "c", "p"):
         files.load_adapter(whole, directory / "ours/safetensors/adapters" / name, with_head=False)
@@ -1086,6 +1184,28 @@ def test_adapters_reads_ours_and_we_read_theirs(exchange, kind):
     other = static()
     files.load_adapter(other, directory / "peer" / kind / "static")
     assert_equal(other.state_dict(), one_class.state_dict())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("load_as", [None, "mine"])
+def test_head_beside_a_fusion_is_named_as_adapters_names_it(exchange, kind, load_as):
+    model, _, directory = exchange
+    heads = json.loads((directory / f"{kind}_heads.json").read_text())
+    again = flexible()
+    for name in "ab":
+        path = directory / "ours" / kind / "adapters" / name
+        files.load_adapter(again, path, with_head=False)
+    path = directory / "ours" / kind / "with head"
+    name = files.load_adapter_fusion(again, path, load_as=load_as, set_active=True)
+    assert [name, list(again.heads), again.active_head] == heads[load_as or ""]
+    theirs = directory / "peer" / kind / "with head" / name
+    for part, kind_of_part, names in (
+        (name, "fusion", FUSION_FILES),
+        (again.active_head, "head", HEAD_FILES),
+    ):
+        tensors = files.select(again.state_dict(), kind_of_part, part)
+        assert_equal(tensors, read_files(theirs, names)[1])
 
 
 @pytest.mark.peer
