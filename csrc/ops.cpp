@@ -29,6 +29,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
       "Tensor? temperature, Tensor? mask, Tensor p, int[] sizes, int[] activations, bool needs_x, "
       "bool needs_down, bool needs_score, bool needs_out) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "adapter_fusion_grouped_cpu(Tensor x, Tensor? residual, Tensor groups, Tensor w_in, "
+      "Tensor b_in, Tensor w_out, Tensor? mask, int[] sizes, int[] activations, int[] counts, "
+      "int[] scored) -> (Tensor, Tensor)");
+  m.def(
+      "adapter_fusion_grouped_backward_cpu(Tensor grad_out, Tensor x, Tensor groups, Tensor w_in, "
+      "Tensor b_in, Tensor w_out, Tensor? mask, Tensor p, int[] sizes, int[] activations, "
+      "int[] counts, int[] scored, bool needs_x, bool needs_in, bool needs_out) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
