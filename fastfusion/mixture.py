@@ -132,6 +132,12 @@ class Mixture(_Packed):
         """The pre step, the post step and the norms of a mixture are those of its last adapter."""
         return self.adapters[-1].config
 
+    @property
+    def residual_share(self) -> float:
+        """What of the residual is in a sum with constant weights: parallel adapters add none."""
+        pairs = zip(self.weights, self.adapters, strict=True)
+        return sum(w for w, a in pairs if not a.config["is_parallel"])
+
     def tensors(self) -> list[Tensor]:
         tensors: list[Tensor] = []
         for adapter in self.adapters:

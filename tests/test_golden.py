@@ -1,5 +1,6 @@
 """Parity with `adapters` 1.3.0: what it computed and saved, within 1e-5 on every backend."""
 
+import collections
 import json
 import os
 import zlib
@@ -57,19 +58,17 @@ def test_case(case: Case, backend: str | None):
 
 
 def test_no_case_is_left_out():
-    """79 cases of the eight groups are names, Stack and Fuse: a filter that hides some shows."""
-    counts = {group: 0 for group in golden_cases.GROUPS}
-    for case in golden_cases.cases():
-        counts[case.group] += 1
+    """118 cases of the eight groups run without raising there: a filter that hides some shows."""
+    counts = collections.Counter(case.group for case in golden_cases.cases())
     assert counts == {
-        "bert-seq_bn": 14,
-        "bert-double": 5,
-        "bert-par": 7,
-        "bert-variants": 22,
+        "bert-seq_bn": 35,
+        "bert-double": 9,
+        "bert-par": 10,
+        "bert-variants": 24,
         "bert-fusion-variants": 5,
-        "bert-grad": 3,
-        "distilbert-mix": 11,
-        "roberta-mix": 12,
+        "bert-grad": 4,
+        "distilbert-mix": 15,
+        "roberta-mix": 16,
     }
 
 

@@ -24,6 +24,7 @@ LEVELS: list[list[str]] = [
     ["modules", "packing", "lowering"],
     ["mixture", "rows"],
     ["steps"],
+    ["lanes"],
     ["layer"],
     ["heads"],
     ["serialization"],
