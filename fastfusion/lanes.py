@@ -24,7 +24,7 @@ class BoundLane(NamedTuple):
     last: Adapter | None
 
     def post(self, output: Tensor, hidden: Tensor, around: Around) -> Tensor:
-        """The post step of the last adapter; without one, where `output` is `hidden`, the model's."""
+        """The last adapter's post step; without one the model's own, where `output` is `hidden`."""
         if self.last is not None:
             config = self.last.config
             return reference.adapter_post(output, hidden, around.input, around.layer_norm, config)
