@@ -15,7 +15,12 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("FASTFUSION_REQUIRE_EXT") == "1"
 MINIMUM_TORCH = (2, 13)
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/adapter_fusion.cpp", "csrc/cpu/row_passes.cpp"]
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cpu/adapter_fusion.cpp",
+    "csrc/cpu/routing.cpp",
+    "csrc/cpu/row_passes.cpp",
+]
 
 
 def import_torch():

@@ -16,7 +16,7 @@ LEVELS: list[list[str]] = [
     ["ops.torch_backend", "reference", "configuration", "context", "files"],
     ["ops.cpp_backend", "kernels"],
     ["ops.backends"],
-    ["ops.adapter_fusion"],
+    ["ops.adapter_fusion", "ops.routing"],
     ["ops"],
     ["absorb"],
     ["modules", "packing", "lowering"],
