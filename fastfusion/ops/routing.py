@@ -10,6 +10,7 @@ prefers the extensions' own for tensors on a CPU (`csrc/cpu/routing.cpp`) and on
 alone, and on a GPU nothing waits for it: CUDA graphs and `torch.compile` capture all three.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,14 @@ from torch import Tensor
 
 from . import backends
 
-backends.missing("cpp")  # loads fastfusion._C where it is built
+# the extensions register their implementations when they are loaded
+backends.missing("cpp")
+try:
+    import fastfusion._C_cuda  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except ImportError as error:
+    warnings.warn(f"fastfusion._C_cuda is there, but does not load: {error}", stacklevel=2)
 
 _LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
 _LIBRARY.define(
