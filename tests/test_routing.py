@@ -4,6 +4,9 @@ pytest tests/test_routing.py            # CPU
 pytest -m gpu tests/test_routing.py     # CUDA
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -295,6 +298,27 @@ def test_the_extension_serves_the_cpu():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastfusion::{name}", "CPU")
 
 
+def test_without_the_extension():
+    """PyTorch serves: the ops are there, and so are their gradients."""
+    code = """
+import sys
+sys.modules["fastfusion._C"] = None
+import torch
+from fastfusion.ops import gather_rows, routing_tables
+assert not torch._C._dispatch_has_kernel_for_dispatch_key("fastfusion::gather_rows", "CPU")
+order, offsets, blocks = routing_tables(torch.tensor([1, -1, 0, 1]), 2, 4)
+assert order.tolist() == [2, 0, 3, 1], order
+assert offsets.tolist() == [0, 1, 3, 4], offsets
+assert blocks.tolist() == [[0, 0, 1], [1, 1, 2], [-1, 3, 1]], blocks
+x = torch.randn(4, 3, requires_grad=True)
+torch.library.opcheck(torch.ops.fastfusion.gather_rows.default, (x, order))
+torch.library.opcheck(torch.ops.fastfusion.scatter_rows.default, (x, order))
+gather_rows(x, order)[0].sum().backward()
+assert x.grad.sum(1).tolist() == [0, 0, 3, 0], x.grad
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_threads_do_not_change_a_bit(set_threads):
     x = torch.randn(5000, 100)
     order = torch.randperm(5000).int()
@@ -346,12 +370,22 @@ def test_order_errors(order, op):
         getattr(torch.ops.fastfusion, op.__name__)(torch.zeros(3, 4), order)
 
 
-@pytest.mark.parametrize("op", [gather_rows, scatter_rows])
+@pytest.mark.parametrize("provider", ["torch", "cpp"])
 @pytest.mark.parametrize("bad", [-1, 3])
-def test_a_row_number_outside_is_named(bad, op):
+def test_a_row_number_outside_is_named(bad, provider):
     order = torch.tensor([0, 1, bad], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=f"row numbers from 0 to 2; got {bad}"):
-        op(torch.zeros(3, 4), order)
+    for op in rows_by(provider):
+        with pytest.raises(RuntimeError, match=f"row numbers from 0 to 2; got {bad}"):
+            op(torch.zeros(3, 4), order)
+
+
+@pytest.mark.gpu
+def test_row_numbers_outside_touch_no_other_memory():
+    order = torch.tensor([-(2**31), 0, 2**31 - 1, 1], dtype=torch.int32, device="cuda")
+    x = torch.arange(4.0, device="cuda")
+    assert gather_rows(x, order).tolist() == [0, 0, 3, 1]
+    scatter_rows(x, order)
+    torch.cuda.synchronize()
 
 
 def test_group_and_block_sizes_that_would_overflow():

@@ -73,14 +73,25 @@ def _tables(ids: Tensor, num_groups: int, block_rows: int) -> tuple[Tensor, Tens
     return order.int(), offsets.int(), blocks.int()
 
 
+def _inside(order: Tensor) -> Tensor:
+    """Row numbers that exist, as an index."""
+    rows = len(order)
+    if order.device.type != "cpu":
+        return order.long().clamp(0, rows - 1)
+    outside = order[(order < 0) | (order >= rows)]
+    if len(outside):
+        raise RuntimeError(f"order: expected row numbers from 0 to {rows - 1}; got {outside[0]}")
+    return order.long()
+
+
 def _gather(x: Tensor, order: Tensor) -> Tensor:
     """`gather_rows` in PyTorch."""
-    return x.contiguous().index_select(0, order)
+    return x.contiguous().index_select(0, _inside(order))
 
 
 def _scatter(x: Tensor, order: Tensor) -> Tensor:
     """`scatter_rows` in PyTorch."""
-    return x.new_empty(x.shape).index_copy_(0, order.long(), x)
+    return x.new_empty(x.shape).index_copy_(0, _inside(order), x)
 
 
 for _name, _function in (
