@@ -200,10 +200,9 @@ def test_non_contiguous_rows(provider):
 def test_gradcheck(op, provider):
     x = torch.randn(7, 3, dtype=torch.float64, device=device_of(provider), requires_grad=True)
     order = torch.randperm(7, device=x.device).int()
-    # the ops are their own inverses' backward: exact, and expanded gradients are no exception
     assert torch.autograd.gradcheck(lambda t: op(t, order), x)
     assert torch.autograd.gradgradcheck(lambda t: op(t, order), x)
-    op(x, order).sum().backward()
+    op(x, order).sum().backward()  # the gradient that comes in is an expanded tensor
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
