@@ -91,6 +91,18 @@ def whole_model(mode: str, columns: list[str], text: str) -> list[str]:
     return [*lines, f"({source(record)})", ""]
 
 
+def routing() -> list[str]:
+    record, found = newest("routing", "R=")
+    rows = [
+        [title, provider, spread(result["ms"], 3), spread(result["over_plain"])]
+        for title, results in found.items()
+        for provider, result in results.items()
+    ]
+    lines = ["Routing: R rows to G groups, plain is torch.sort, bincount, cumsum and indexing:", ""]
+    lines += table(["", "", "ms", "over plain"], rows)
+    return [*lines, f"({source(record)})", ""]
+
+
 def main() -> None:
     lines = [
         *one_place(),
@@ -100,6 +112,7 @@ def main() -> None:
             ["literal_over_this", "saved_mib"],
             "One training step of the fusion, BERT-base with 4 layers",
         ),
+        *routing(),
     ]
     (ROOT / "docs" / "figures.md").write_text(HEAD + "\n" + "\n".join(lines))
 

@@ -1,5 +1,7 @@
 // The extension module fastfusion._C: nothing but the schemas of the CPU ops. They are internal;
 // fastfusion/ops/cpp_backend.py calls them, fastfusion/ops/adapter_fusion.py says what they compute.
+// The routing ops have PyTorch implementations beside ours: their schemas are in
+// fastfusion/ops/routing.py.
 //
 // All tensors are contiguous. Activations, weights and gradients are fp32 or bf16, all alike; biases,
 // LayerNorm parameters, mask, temperature, score_offset, p and doffset are fp32.

@@ -18,7 +18,7 @@ LEVELS: list[list[str]] = [
     ["ops.torch_backend", "reference", "configuration", "context", "files"],
     ["ops.cpp_backend", "kernels"],
     ["ops.backends"],
-    ["ops.adapter_fusion", "ops.grouped"],
+    ["ops.adapter_fusion", "ops.grouped", "ops.routing"],
     ["ops"],
     ["absorb"],
     ["modules", "packing", "lowering"],
@@ -34,6 +34,7 @@ LEVELS: list[list[str]] = [
     ["trainer", "plots"],
     [""],  # fastfusion/__init__.py
 ]
+EXTENSIONS = ("fastfusion._C", "fastfusion._C_cuda")
 IMPORTS_TRANSFORMERS = ("patching", "model", "flexible", "trainer", "heads")
 
 SOURCES = {
@@ -85,7 +86,7 @@ def imports(path: Path, module: str) -> Iterator[str]:
 
 def own_module(name: str) -> str | None:
     """The Python module of ours that an imported name is, or is defined in."""
-    if name.split(".")[0] != "fastfusion" or name == "fastfusion._C":
+    if name.split(".")[0] != "fastfusion" or name in EXTENSIONS:
         return None
     inner = name.removeprefix("fastfusion").lstrip(".")
     while inner and inner not in SOURCES:
