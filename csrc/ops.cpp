@@ -32,12 +32,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
       "bool needs_down, bool needs_score, bool needs_out) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "adapter_fusion_grouped_cpu(Tensor x, Tensor? residual, Tensor groups, Tensor w_in, "
-      "Tensor b_in, Tensor w_out, Tensor? mask, int[] sizes, int[] activations, int[] counts, "
+      "adapter_fusion_grouped_cpu(Tensor x, Tensor? residual, Tensor order, Tensor offsets, "
+      "Tensor blocks, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? mask, int[] sizes, int[] activations, int[] counts, "
       "int[] scored) -> (Tensor, Tensor)");
   m.def(
-      "adapter_fusion_grouped_backward_cpu(Tensor grad_out, Tensor x, Tensor groups, Tensor w_in, "
-      "Tensor b_in, Tensor w_out, Tensor? mask, Tensor p, int[] sizes, int[] activations, "
+      "adapter_fusion_grouped_backward_cpu(Tensor grad_out, Tensor x, Tensor order, "
+      "Tensor offsets, Tensor blocks, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? mask, Tensor p, int[] sizes, int[] activations, "
       "int[] counts, int[] scored, bool needs_x, bool needs_in, bool needs_out) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }

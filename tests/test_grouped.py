@@ -18,7 +18,8 @@ GROUPS = [
     ((8,), ("gelu_new",), True),
     ((2,), ("sigmoid",), False),
 ]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+# rounding of the dtype, through three products and a softmax
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 ROWS = {
     "none": [],
     "one": [2],
@@ -83,13 +84,9 @@ def definition(x, residual, groups, weights: GroupedWeights, mask=None):
 
 
 def check(actual, expected, dtype, name):
-    torch.testing.assert_close(
-        actual.to(torch.float64),
-        expected,
-        rtol=TOLERANCE[dtype],
-        atol=TOLERANCE[dtype] * max(1.0, expected.abs().max().item() if expected.numel() else 0.0),
-        msg=lambda m: f"{name}: {m}",
-    )
+    # of the whole: in bf16 single entries of a sum over many rows lose more
+    error = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
@@ -210,5 +207,5 @@ def test_wrong_arguments(change, message):
 def test_groups_out_of_range(backend, wrong):
     x, residual, _, _ = inputs(2, torch.float32)
     groups = torch.tensor([0, wrong], dtype=torch.int32)
-    with pytest.raises((ValueError, RuntimeError), match="groups: expected -1 to 4"):
+    with pytest.raises((ValueError, RuntimeError), match="ids: expected groups from -1 to 4"):
         adapter_fusion_grouped(x, residual, groups, stack(packs(torch.float32)), backend=backend)

@@ -15,10 +15,11 @@ PACKAGE = ROOT / "fastfusion"
 # From the ground up; a module imports from lower levels only. A name covers its sub-modules too.
 LEVELS: list[list[str]] = [
     ["ops.activations", "ops.weights", "composition"],
+    ["ops.routing"],
     ["ops.torch_backend", "reference", "configuration", "context", "files"],
     ["ops.cpp_backend", "kernels"],
     ["ops.backends"],
-    ["ops.adapter_fusion", "ops.grouped", "ops.routing"],
+    ["ops.adapter_fusion", "ops.grouped"],
     ["ops"],
     ["absorb"],
     ["modules", "packing", "lowering"],

@@ -11,10 +11,6 @@
 namespace fastfusion::cpu {
 namespace {
 
-// Rows of one block, at most: its products run on one thread, so that blocks must be enough for all.
-constexpr int64_t kMaxBlockRows = 256;
-constexpr int64_t kBlocks = 16;
-
 int64_t padded(int64_t rows) { return (rows + 7) / 8 * 8; }
 
 // Where a group's parts lie in the stacked weights.
@@ -42,7 +38,7 @@ struct Layout {
   int64_t max_adapters = 0, max_columns = 0, max_width = 0;
 };
 
-Layout lay_out(const Stack& w, const Tensor& x, const Tensor& ids) {
+Layout lay_out(const Stack& w, const Tensor& x) {
   STD_TORCH_CHECK(w.sizes.size() == w.activations.size(),
                   "expected one activation per size; got ", w.sizes.size(), " sizes and ",
                   w.activations.size(), " activations");
@@ -79,7 +75,6 @@ Layout lay_out(const Stack& w, const Tensor& x, const Tensor& ids) {
   expect(w.b_in, "b_in", {in_row}, ScalarType::Float);
   expect(w.w_out, "w_out", {out_row, width}, dtype);
   expect(w.mask, "mask", {x.size(0), layout.max_adapters}, ScalarType::Float);
-  expect(ids, "groups", {x.size(0)}, ScalarType::Int);
   for (Group& group : layout.groups) {
     group.mixture.b_down = data<float>(w.b_in) + group.in_row;
     group.mixture.b_score = group.mixture.b_down + group.mixture.columns;
@@ -87,33 +82,38 @@ Layout lay_out(const Stack& w, const Tensor& x, const Tensor& ids) {
   return layout;
 }
 
-// The rows of each group in their own order; base rows last.
-struct Order {
-  std::vector<int64_t> rows, starts;
+// The tables of fastfusion/ops/routing.py; rows come from them as indices into memory.
+struct Tables {
+  const Tensor& order;
+  const Tensor& offsets;
+  const Tensor& blocks;
 
-  Order(const Tensor& ids, int64_t groups) : rows(ids.size(0)), starts(groups + 2, 0) {
-    const int32_t* id = data<int32_t>(ids);
-    const int64_t total = ids.size(0);
-    for (int64_t row = 0; row < total; ++row) {
-      STD_TORCH_CHECK(id[row] >= -1 && id[row] < groups, "groups: expected -1 to ", groups - 1,
-                      "; got ", id[row]);
-      ++starts[(id[row] < 0 ? groups : id[row]) + 1];
-    }
-    for (int64_t g = 0; g <= groups; ++g) starts[g + 1] += starts[g];
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t row = 0; row < total; ++row) rows[next[id[row] < 0 ? groups : id[row]]++] = row;
+  void check(int64_t rows, int64_t groups) const {
+    expect(order, "order", {rows}, ScalarType::Int);
+    expect(offsets, "offsets", {groups + 2}, ScalarType::Int);
+    STD_TORCH_CHECK(blocks.dim() == 2, "blocks: expected two dimensions");
+    expect(blocks, "blocks", {blocks.size(0), 3}, ScalarType::Int);
+    const auto is_row = [&](int32_t row) { return row >= 0 && row < rows; };
+    STD_TORCH_CHECK(std::all_of(indices(), indices() + rows, is_row),
+                    "order: expected row numbers below ", rows);
+  }
+  const int32_t* indices() const { return data<int32_t>(order); }
+  int64_t max_block_rows() const {
+    int32_t most = 1;
+    for (int64_t i = 0; i < blocks.size(0); ++i) most = std::max(most, data<int32_t>(blocks)[3 * i + 2]);
+    return most;
   }
 };
 
 struct Block {
-  int64_t group, first, count;
+  int32_t group, first, rows;
 };
 
 // Rows somewhere in a matrix.
 template <typename T>
 struct Rows {
   Matrix<T> all;
-  const int64_t* index;
+  const int32_t* index;
   int64_t count;
 
   bool together() const { return index[count - 1] - index[0] == count - 1; }
@@ -158,46 +158,45 @@ void forward_block(const Group& group, const Stack& w, const Rows<T>& x, const R
   }
 }
 
-std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor groups, Tensor w_in,
-                                   Tensor b_in, Tensor w_out, OptionalTensor mask,
-                                   std::vector<int64_t> sizes, std::vector<int64_t> activations,
-                                   std::vector<int64_t> counts, std::vector<int64_t> scored) {
+std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor order, Tensor offsets,
+                                   Tensor blocks, Tensor w_in, Tensor b_in, Tensor w_out,
+                                   OptionalTensor mask, std::vector<int64_t> sizes,
+                                   std::vector<int64_t> activations, std::vector<int64_t> counts,
+                                   std::vector<int64_t> scored) {
   const Stack w{w_in, b_in, w_out, mask, sizes, activations, counts, scored};
-  const Layout layout = lay_out(w, x, groups);
+  const Layout layout = lay_out(w, x);
   const int64_t total = x.size(0), width = x.size(1), num_groups = layout.groups.size();
   expect(residual, "residual", {total, width}, x.scalar_type());
-  const Order order(groups, num_groups);
+  const Tables tables{order, offsets, blocks};
+  tables.check(total, num_groups);
   const Tensor out = torch::stable::empty_like(x);
   const Tensor p = torch::stable::new_zeros(x, {total, layout.max_adapters}, ScalarType::Float);
-  const int64_t block_rows =
-      std::clamp((total / kBlocks + kChunkRows - 1) / kChunkRows * kChunkRows, kChunkRows,
-                 kMaxBlockRows);
-  std::vector<Block> blocks;
-  for (int64_t g = 0; g <= num_groups; ++g) {
-    for (int64_t first = order.starts[g]; first < order.starts[g + 1]; first += block_rows) {
-      blocks.push_back({g, first, std::min(block_rows, order.starts[g + 1] - first)});
-    }
-  }
+  const int64_t block_rows = tables.max_block_rows();
   with_dtype(x, [&]<typename T>() {
     const Matrix<T> from = matrix<T>(x), to = matrix<T>(out);
     const Matrix<T> add = residual ? matrix<T>(*residual) : Matrix<T>{};
     const int64_t buffer_size = block_rows * (width + layout.max_width + 64 / sizeof(T));
     const int64_t scratch_size = layout.max_columns + 2 * std::max<int64_t>(layout.max_width, 1);
-    torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks.size(0), 1, [&](int64_t begin, int64_t end) {
       std::vector<T> buffer(buffer_size);
       std::vector<float> scratch(scratch_size);
       for (int64_t i = begin; i < end; ++i) {
-        const Block& block = blocks[i];
-        const int64_t* index = order.rows.data() + block.first;
-        const Rows<T> own_out{to, index, block.count}, own_add{add, index, block.count};
-        if (block.group == num_groups) {
-          for (int64_t row = 0; row < block.count; ++row) {
+        const int32_t* entry = data<int32_t>(blocks) + 3 * i;
+        const Block block{entry[0], entry[1], entry[2]};
+        if (block.rows == 0) continue;
+        STD_TORCH_CHECK(block.group < num_groups && block.first >= 0 && block.rows > 0 &&
+                            block.first <= total - block.rows,
+                        "blocks: expected groups below ", num_groups, " and rows below ", total);
+        const int32_t* index = tables.indices() + block.first;
+        const Rows<T> own_out{to, index, block.rows}, own_add{add, index, block.rows};
+        if (block.group < 0) {
+          for (int64_t row = 0; row < block.rows; ++row) {
             if (residual) std::copy_n(own_add.row(row), width, own_out.row(row));
             else std::fill_n(own_out.row(row), width, T{});
           }
           continue;
         }
-        forward_block<T>(layout.groups[block.group], w, {from, index, block.count}, own_add,
+        forward_block<T>(layout.groups[block.group], w, {from, index, block.rows}, own_add,
                          own_out, data<float>(mask), data<float>(p), layout.max_adapters,
                          buffer.data(), scratch.data());
       }
@@ -208,7 +207,7 @@ std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor gro
 
 // Copies of rows, at their places in another tensor or out of it.
 template <typename T>
-void gather(const Matrix<T>& from, const int64_t* index, const Matrix<T>& to) {
+void gather(const Matrix<T>& from, const int32_t* index, const Matrix<T>& to) {
   parallel_rows(to.rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::copy_n(from.data + index[i] * from.row_stride, to.columns, to.data + i * to.row_stride);
@@ -216,7 +215,7 @@ void gather(const Matrix<T>& from, const int64_t* index, const Matrix<T>& to) {
   });
 }
 template <typename T>
-void scatter(const Matrix<T>& from, const int64_t* index, const Matrix<T>& to) {
+void scatter(const Matrix<T>& from, const int32_t* index, const Matrix<T>& to) {
   parallel_rows(from.rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::copy_n(from.data + i * from.row_stride, from.columns, to.data + index[i] * to.row_stride);
@@ -226,16 +225,17 @@ void scatter(const Matrix<T>& from, const int64_t* index, const Matrix<T>& to) {
 
 // The gradients, one group after the other: the products of each are long and run on all threads.
 std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_backward(
-    Tensor grad_out, Tensor x, Tensor groups, Tensor w_in, Tensor b_in, Tensor w_out,
-    OptionalTensor mask, Tensor p, std::vector<int64_t> sizes, std::vector<int64_t> activations,
+    Tensor grad_out, Tensor x, Tensor order, Tensor offsets, Tensor blocks, Tensor w_in,
+    Tensor b_in, Tensor w_out, OptionalTensor mask, Tensor p, std::vector<int64_t> sizes, std::vector<int64_t> activations,
     std::vector<int64_t> counts, std::vector<int64_t> scored, bool needs_x, bool needs_in,
     bool needs_out) {
   const Stack w{w_in, b_in, w_out, mask, sizes, activations, counts, scored};
-  const Layout layout = lay_out(w, x, groups);
+  const Layout layout = lay_out(w, x);
   const int64_t total = x.size(0), width = x.size(1), num_groups = layout.groups.size();
   expect(grad_out, "grad_out", {total, width}, x.scalar_type());
   expect(p, "p", {total, layout.max_adapters}, ScalarType::Float);
-  const Order order(groups, num_groups);
+  const Tables tables{order, offsets, blocks};
+  tables.check(total, num_groups);
   auto zeros = [&](bool needed, const Tensor& like) {
     return needed ? torch::stable::new_zeros(like, {like.size(0), width})
                   : torch::stable::new_empty(like, {0});
@@ -248,9 +248,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_backward(
     for (int64_t g = 0; g < num_groups; ++g) {
       const Group& group = layout.groups[g];
       const Mixture& m = group.mixture;
-      const int64_t first = order.starts[g], rows = order.starts[g + 1] - first;
+      const int64_t first = data<int32_t>(offsets)[g];
+      const int64_t rows = data<int32_t>(offsets)[g + 1] - first;
+      STD_TORCH_CHECK(first >= 0 && rows >= 0 && first <= total - rows,
+                      "offsets: expected rising ones up to ", total);
       if (rows == 0) continue;
-      const int64_t* index = order.rows.data() + first;
+      const int32_t* index = tables.indices() + first;
       auto own_rows = [&](const Tensor& tensor) {
         const Tensor own = torch::stable::new_empty(tensor, {rows, tensor.size(1)});
         gather(matrix<T>(tensor), index, matrix<T>(own));

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .routing import routing_tables
 from .weights import GroupedWeights, PackedWeights
 
 try:
@@ -217,6 +218,11 @@ def adapter_fusion_norm_backward(
     return tuple(gradient.to(grad_out.dtype) for gradient in gradients)
 
 
+def _block_rows(rows: int) -> int:
+    """Rows of one block: its products run on one thread, so that blocks must be enough for all."""
+    return max(32, min(256, rows // 16))
+
+
 def adapter_fusion_grouped(
     x: Tensor,
     residual: Tensor | None,
@@ -235,7 +241,7 @@ def adapter_fusion_grouped(
     out, p = _OPS.adapter_fusion_grouped_cpu(
         _as(x, dtype),
         _as(residual, dtype),
-        _as(groups, torch.int32),
+        *routing_tables(groups, len(counts), _block_rows(len(x))),
         _as(w_in, dtype),
         _as(b_in, single),
         _as(w_out, dtype),
@@ -268,7 +274,7 @@ def adapter_fusion_grouped_backward(
     gradients = _OPS.adapter_fusion_grouped_backward_cpu(
         _as(grad_out, dtype),
         _as(x, dtype),
-        _as(groups, torch.int32),
+        *routing_tables(groups, len(counts), _block_rows(len(x))),
         _as(w_in, dtype),
         _as(b_in, single),
         _as(w_out, dtype),

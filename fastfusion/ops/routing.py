@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-
 # the extensions register their implementations when they are loaded
-backends.missing("cpp")
+try:
+    import fastfusion._C  # noqa: F401
+except ImportError:
+    pass  # cpp_backend says why
 try:
     import fastfusion._C_cuda  # noqa: F401
 except ModuleNotFoundError:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .routing import routing_tables
 from .weights import group_weights, layouts, max_scored
 
 
@@ -266,10 +267,9 @@ def adapter_fusion_norm_backward(
 
 
 def _rows_of(groups: Tensor, count: int) -> list[Tensor]:
-    """The row numbers of each group, and of the base rows; the values of `groups` are needed."""
-    if groups.numel() and not -1 <= int(groups.min()) <= int(groups.max()) < count:
-        raise ValueError(f"groups: expected -1 to {count - 1}; got {groups.unique().tolist()}")
-    return [(groups == group).nonzero().squeeze(1) for group in (*range(count), -1)]
+    """The row numbers of each group; waits for their device."""
+    order, offsets, _ = routing_tables(groups, count, 1)
+    return list(order.split(offsets.diff().tolist()))[:count]
 
 
 def adapter_fusion_grouped(
@@ -289,7 +289,7 @@ def adapter_fusion_grouped(
     out = torch.zeros_like(x) if residual is None else residual.clone()
     p = x.new_zeros(x.shape[0], max_scored(counts, scored), dtype=_accumulate_dtype(x.dtype))
     parts = layouts(sizes, counts, scored)
-    for part, rows in zip(parts, _rows_of(groups, len(counts))[:-1], strict=True):
+    for part, rows in zip(parts, _rows_of(groups, len(counts)), strict=True):
         weights = group_weights(part, w_in, b_in, w_out, sizes, activations)
         count = len(weights.sizes)
         own = None if residual is None else residual[rows]
@@ -332,7 +332,7 @@ def adapter_fusion_grouped_backward(
         torch.zeros_like(t) if need else grad_out.new_empty(0) for t, need in wanted
     )
     parts = layouts(sizes, counts, scored)
-    for part, rows in zip(parts, _rows_of(groups, len(counts))[:-1], strict=True):
+    for part, rows in zip(parts, _rows_of(groups, len(counts)), strict=True):
         weights = group_weights(part, w_in, b_in, w_out, sizes, activations)
         count = len(weights.sizes)
         is_scored = part.score is not None
