@@ -1,9 +1,9 @@
-"""The literal recursion over a composition tree at one place: the truth of the composition tests.
+"""The literal recursion over a composition tree at one place: the truth of the tests.
 
-Written from what `adapters` 1.3.0 does (methods/adapter_layer_base.py and bottleneck.py, `compose_*`)
-and from the list of decisions where it fails, and from nothing of `fastfusion` but the reference of
-a single adapter and a single fusion. A state is walked through the blocks, cut for the children of a
-block that gives each its own part and put together again behind it:
+Written from what `adapters` 1.3.0 does (`compose_*` in methods/adapter_layer_base.py and
+bottleneck.py) and from the list of decisions where it fails, and from nothing of `fastfusion` but
+the reference of a single adapter and a single fusion. A state is walked through the blocks, cut for
+the children of a block that gives each its own part and put together again behind it:
 
 - a name, and a block other than Stack, takes the pre step of its first adapter, a Fuse that of its
   last; the post step at the end is that of the last adapter in the tree;
@@ -141,12 +141,9 @@ class Walk:
 
     def pre(self, name: str, state: State, fusion: Any = None) -> tuple[State, Tensor]:
         """The pre step of one adapter, and the query."""
+        config, layer_norm = self.place.adapters[name].config, self.place.layer_norm
         hidden, query, residual = reference.adapter_pre(
-            state.hidden,
-            state.input,
-            self.place.layer_norm,
-            self.place.adapters[name].config,
-            fusion,
+            state.hidden, state.input, layer_norm, config, fusion
         )
         return state._replace(hidden=hidden, residual=residual), query
 
