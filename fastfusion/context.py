@@ -1,6 +1,7 @@
 """What holds for one thread and one call: the setup to use, and what the forward is to report."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +23,22 @@ class AdapterSetup:
         adapter_setup: as for `set_active_adapters`; None runs the model without adapters.
         head_setup: the head to use; None: that of the setup's last adapter where there is one, as
             `set_active_adapters` chooses it.
+        skip_layers: numbers of layers that run without adapters; None: those of
+            `set_active_adapters`.
 
     Raises:
         ValueError: at the call of the model, for a name that the model does not have.
     """
 
-    def __init__(self, adapter_setup: Setup | None, head_setup: str | None = None):
+    def __init__(
+        self,
+        adapter_setup: Setup | None,
+        head_setup: str | None = None,
+        skip_layers: Sequence[int] | None = None,
+    ):
         self.adapter_setup: AdapterCompositionBlock | None = parse_composition(adapter_setup)
         self.head_setup = head_setup
+        self.skip_layers = None if skip_layers is None else list(skip_layers)
 
     def __enter__(self) -> "AdapterSetup":
         # the thread's own list: one object may be entered in several threads at once

@@ -1,8 +1,8 @@
 """One place of a model's layer where adapters may sit: its modules, its plans, its forward."""
 
-import functools
-from collections.abc import Hashable, Sequence
-from typing import Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class AdapterLayer:
         self.adapters = NamedModules(self.packs.drop)
         self.adapter_fusion_layer = NamedModules(self.packs.drop)
         self.plan = self._bind(lower(None, self.adapters.__contains__))
-        self._plans: dict[Hashable, BoundPlan] = {}
+        self._plans: OrderedDict[tuple[Any, bool], BoundPlan] = OrderedDict()
 
     # -- plans ----------------------------------------------------------------------------------
 
@@ -72,24 +72,31 @@ class AdapterLayer:
     def activate(self, plan: BoundPlan) -> None:
         """Run this plan from now on; plans of other setups are forgotten."""
         self.plan = plan
-        self._plans = {}
+        self._plans = OrderedDict()
 
     def current_plan(self) -> BoundPlan:
         """The plan of this forward: of its rows' setups, of a context, or the active one."""
-        context = ForwardContext.get_context()
-        if context is not None and context.row_setups is not None:
-            return self._kept_plan(context.row_setups, self.lower_rows)
-        setup = AdapterSetup.get_context()
-        return self.plan if setup is None else self._kept_plan(setup.adapter_setup, self.lower)
+        forward, setup = ForwardContext.get_context(), AdapterSetup.get_context()
+        skip_layers = self.settings.config.skip_layers
+        if setup is not None and setup.skip_layers is not None:
+            skip_layers = setup.skip_layers
+        skips = self.layer_idx in skip_layers
+        if forward is not None and forward.row_setups is not None:
+            return self._kept_plan((forward.row_setups, skips), self.lower_rows)
+        if setup is None:
+            return self.plan
+        return self._kept_plan((setup.adapter_setup, skips), self.lower)
 
-    def _kept_plan(self, key: Hashable, make) -> BoundPlan:
-        plan = self._plans.pop(key, None)
-        if plan is None:
-            plan = make(key, self.settings.config.skip_layers)
-            if len(self._plans) >= _KEPT_PLANS:
-                # the one that was used longest ago goes, and its packs with it
-                self._plans.pop(next(iter(self._plans)), None)
-        self._plans[key] = plan
+    def _kept_plan(self, key: tuple[Any, bool], make: Callable[..., BoundPlan]) -> BoundPlan:
+        plan = self._plans.get(key)
+        if plan is not None:
+            self._plans.move_to_end(key)
+            return plan
+        setup, skips = key
+        plan = self._plans[key] = make(setup, (self.layer_idx,) if skips else ())
+        if len(self._plans) > _KEPT_PLANS:
+            # the one that was used longest ago goes, and its packs with it
+            self._plans.popitem(last=False)
         return plan
 
     def _bind(self, plan: Plan) -> BoundPlan:
@@ -110,8 +117,7 @@ class AdapterLayer:
     def _step(self, stage: Stage, mixtures: dict[Stage, Mixture]) -> Step:
         pre = [self.adapters[name] for name in stage.pre]
         if stage.plans:
-            plans = [functools.partial(self._bind(p).run, is_inner=True) for p in stage.plans]
-            return Step(stage, None, pre, plans=plans)
+            return Step(stage, None, pre, plans=[self._bind(plan) for plan in stage.plans])
         key = Stage(stage.branches, stage.fusion, stage.weights)
         mixture = mixtures.get(key)
         if mixture is None:

@@ -20,6 +20,7 @@ from .configuration import (
     ModelAdaptersConfig,
 )
 from .context import AdapterSetup, ForwardContext
+from .explain import AdapterPlan
 from .layer import AdapterLayer
 from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
@@ -178,6 +179,31 @@ class ModelAdaptersMixin:
         ):
             raise ValueError(f"skip_layers: expected a list of layer numbers; got {skip_layers!r}")
         self.model_adapters.activate(setup, list(skip_layers))
+
+    def adapter_plan(self, setups: Sequence[Any] | None = None) -> AdapterPlan:
+        """What a setup becomes at every place: `print(model.adapter_plan().explain())`.
+
+        Args:
+            setups: the rows' setups, as for `adapter_names`; None for the setup of the next
+                forward: of an `AdapterSetup` context, or the active one.
+
+        Raises:
+            ValueError: unknown adapters or fusions, or a block over rows in `setups`.
+        """
+        if setups is None:
+            (setup,) = self._setups(None)
+            text = repr(setup)
+            plans = [layer.current_plan() for layer in self.model_adapters.layers]
+        else:
+            distinct, _ = rows.row_numbers(setups, None)
+            self._setups(distinct)
+            text = "; ".join(f"{i}: {setup!r}" for i, setup in enumerate(distinct))
+            skip_layers = self.adapters_config.skip_layers
+            plans = [
+                layer.lower_rows(distinct, skip_layers) for layer in self.model_adapters.layers
+            ]
+        places = list(zip(self.model_adapters.layers, plans, strict=True))
+        return AdapterPlan(text, places, self.config.hidden_size)
 
     # -- adding and deleting --------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The stages of a plan with the modules that they name: what runs on one lane's hidden states."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,11 @@ class State(NamedTuple):
     """[B, S, H], of the last pre step."""
 
 
-RunPlan = Callable[[State, Around], Tensor]
-"""Runs a plan of its own on a state: an Average's child."""
+class InnerPlan(Protocol):
+    """A plan inside a stage: an Average's child."""
+
+    def run(self, state: State, around: Around, is_inner: bool) -> Tensor:
+        """What leaves its lanes."""
 
 
 class Step:
@@ -56,7 +59,7 @@ class Step:
         mixture: Mixture | None,
         pre: Sequence[Adapter],
         before: Sequence["list[Step] | None"] = (),
-        plans: Sequence[RunPlan] = (),
+        plans: Sequence[InnerPlan] = (),
     ):
         self.stage = stage
         self.mixture = mixture
@@ -69,7 +72,7 @@ class Step:
         state, query = self.run_pre(state, around)
         mixture = self.mixture
         if mixture is None:
-            outputs = [plan(state, around) for plan in self.plans]
+            outputs = [plan.run(state, around, is_inner=True) for plan in self.plans]
             hidden = _weighted_sum(outputs, self.stage.weights)
         elif mixture.fusion is not None:
             hidden = self._run_fusion(state, query, around)

@@ -27,6 +27,7 @@ LEVELS: list[list[str]] = [
     ["steps"],
     ["lanes"],
     ["layer"],
+    ["explain"],
     ["heads"],
     ["serialization"],
     ["patching"],
