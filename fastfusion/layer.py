@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -20,11 +20,22 @@ _KEPT_PLANS = 8
 """Plans of other setups than the active one that a place keeps, with their packed weights."""
 
 
+class RoutedSetups(NamedTuple):
+    """The setups that `adapter_ids` number."""
+
+    setups: tuple[AdapterCompositionBlock | None, ...]
+    needed: Plan
+    """The sizes that a batch must have."""
+    obstacle: str | None = None
+    """Why they cannot run any more, or None."""
+
+
 class PlaceSettings(Protocol):
     """What the places of one model share."""
 
     config: ModelAdaptersConfig
     backend: str | None
+    routed: RoutedSetups
 
     def copies_batch(self, place: "AdapterLayer") -> bool: ...
 
@@ -46,6 +57,8 @@ class AdapterLayer:
         self.adapters = NamedModules(self.packs.drop)
         self.adapter_fusion_layer = NamedModules(self.packs.drop)
         self.plan = self._bind(lower(None, self.adapters.__contains__))
+        self.routed_plan = self.plan
+        """Of the setups that `adapter_ids` number."""
         self._plans: OrderedDict[tuple[Any, bool], BoundPlan] = OrderedDict()
 
     # -- plans ----------------------------------------------------------------------------------
@@ -77,14 +90,17 @@ class AdapterLayer:
     def current_plan(self) -> BoundPlan:
         """The plan of this forward: of its rows' setups, of a context, or the active one."""
         forward, setup = ForwardContext.get_context(), AdapterSetup.get_context()
+        row_setups = None if forward is None else forward.row_setups
+        if setup is None and row_setups is None:
+            return self.plan
+        if setup is None and row_setups is self.settings.routed.setups:
+            return self.routed_plan
         skip_layers = self.settings.config.skip_layers
         if setup is not None and setup.skip_layers is not None:
             skip_layers = setup.skip_layers
         skips = self.layer_idx in skip_layers
-        if forward is not None and forward.row_setups is not None:
-            return self._kept_plan((forward.row_setups, skips), self.lower_rows)
-        if setup is None:
-            return self.plan
+        if row_setups is not None:
+            return self._kept_plan((row_setups, skips), self.lower_rows)
         return self._kept_plan((setup.adapter_setup, skips), self.lower)
 
     def _kept_plan(self, key: tuple[Any, bool], make: Callable[..., BoundPlan]) -> BoundPlan:
