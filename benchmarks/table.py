@@ -103,6 +103,24 @@ def routing() -> list[str]:
     return [*lines, f"({source(record)})", ""]
 
 
+def rows() -> list[str]:
+    lines = []
+    for mode in ("one place", "4 layers", "inactive"):
+        record, found = newest("rows", mode)
+        for title, results in found.items():
+            lines += [f"A setup for each row, B=32, S=128, {title}:", ""]
+            cells = [
+                [
+                    name,
+                    spread(result["ms"], 1),
+                    f"{spread(result['over_base'])} of {result['base']}",
+                ]
+                for name, result in results.items()
+            ]
+            lines += table(["", "ms", "time over"], cells)
+    return [*lines, f"({source(record)})", ""]
+
+
 def main() -> None:
     lines = [
         *one_place(),
@@ -113,6 +131,7 @@ def main() -> None:
             "One training step of the fusion, BERT-base with 4 layers",
         ),
         *routing(),
+        *rows(),
     ]
     (ROOT / "docs" / "figures.md").write_text(HEAD + "\n" + "\n".join(lines))
 
