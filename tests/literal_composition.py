@@ -240,10 +240,10 @@ class Walk:
                 if not isinstance(child, str):
                     # a Stack's names take their own pre steps, behind that of the Fuse
                     branch, _ = self.pre(name, branch)
+                records = list(self.records)
                 branch, up = self.single(name, branch)
-                if name == list(self.present(child))[-1] and self._is_gated(name):
-                    # only the up-projection of a branch's last adapter is used
-                    self.records.pop()
+            # of a branch's last adapter only the up-projection is used, not its gate
+            self.records = records
             ups.append(up)
         out, attention = reference.adapter_fusion(
             query, torch.stack(ups, dim=-2), state.residual, parameters, config,
@@ -251,9 +251,6 @@ class Walk:
         )  # fmt: skip
         self._record("adapter_fusion_attentions", setup.name, state, attention)
         return state._replace(hidden=out, ran=torch.ones_like(state.ran))
-
-    def _is_gated(self, name: str) -> bool:
-        return self.place.adapters[name].config["use_gating"]
 
     def average(self, setup: Average, state: State) -> State:
         present = [i for i, child in enumerate(setup) if any(self.present(child))]
