@@ -145,7 +145,7 @@ def test_every_block_of_the_composition_page():
     for name, parameter in model.named_parameters():
         if "adapter" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.eval()
+    model.double().eval()
     input_ids = torch.randint(5, 50, (5, 70))
     setups = [
         "a",
@@ -164,7 +164,7 @@ def test_every_block_of_the_composition_page():
             model.set_backend("reference")
             expected = model(input_ids).last_hidden_state
             model.set_backend(None)
-        torch.testing.assert_close(outputs[-1], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs[-1], expected, rtol=1e-9, atol=1e-9)
     for i, output in enumerate(outputs):
         assert not any(torch.equal(output, other) for other in outputs[:i])
     with pytest.warns(FutureWarning):
