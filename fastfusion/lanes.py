@@ -49,6 +49,20 @@ class Part(NamedTuple):
         return full
 
 
+class LaneTable:
+    """A number for each lane, looked up at the lanes' rows and tokens."""
+
+    def __init__(self, values: Sequence[int]):
+        self._values = torch.tensor(values, dtype=torch.int32)
+
+    def at(self, lane_numbers: Tensor) -> Tensor:
+        """int32, of the shape of `lane_numbers`."""
+        if self._values.device != lane_numbers.device:
+            # once: a copy to a GPU in every forward would wait for it
+            self._values = self._values.to(lane_numbers.device)
+        return self._values[lane_numbers]
+
+
 class GroupedStage:
     """One stage of all lanes, in one call of the op.
 
@@ -66,28 +80,32 @@ class GroupedStage:
         present = [step for step in steps if step is not None]
         mixtures = list(dict.fromkeys(step.mixture for step in present))
         self.group = make_group(mixtures)
-        self.numbers = [-1 if s is None else mixtures.index(s.mixture) for s in steps]
+        numbers = [-1 if s is None else mixtures.index(s.mixture) for s in steps]
+        self.groups = LaneTable(numbers)
+        self.has_base_rows = -1 in numbers
         self.fusions = {
             mixtures.index(step.mixture): step for step in present if step.stage.fusion is not None
         }
         # steps whose pre steps do the same need them once
         self.pres = list({_pre_kind(step): step for step in present}.values())
         kinds = [_pre_kind(step) for step in self.pres]
-        self.pre_numbers = [-1 if s is None else kinds.index(_pre_kind(s)) for s in steps]
+        self.pre_numbers = LaneTable(
+            [-1 if s is None else kinds.index(_pre_kind(s)) for s in steps]
+        )
         self.is_parallel = present[0].mixture.config["is_parallel"]
 
     def run(self, state: State, lane_numbers: Tensor, around: Around) -> State:
         """The state behind the stage; lanes without a step keep theirs."""
-        groups = _looked_up(self.numbers, lane_numbers)
+        groups = self.groups.at(lane_numbers)
         before = state
         state = self.pres[0].run_pre(before, around)[0]
         for i, step in enumerate(self.pres[1:], 1):
-            own = _looked_up(self.pre_numbers, lane_numbers) == i
+            own = self.pre_numbers.at(lane_numbers) == i
             other = step.run_pre(before, around)[0]
             chosen = own.unsqueeze(-1)
             state = State(*map(functools.partial(torch.where, chosen), other, state))
         kept = torch.zeros_like(state.residual) if self.is_parallel else state.residual
-        if -1 in self.numbers and kept is not before.hidden:
+        if self.has_base_rows and kept is not before.hidden:
             kept = torch.where((groups < 0).unsqueeze(-1), before.hidden, kept)
         mask = None
         if self.group.dropout:
@@ -133,6 +151,10 @@ class BoundPlan:
             for i in range(depth):
                 steps = [lane.steps[i] if i < len(lane.steps) else None for lane in lanes]
                 self._stages.append(GroupedStage(steps, make_group))
+        # lanes whose post steps do the same need them once
+        self._posts = list({_post_kind(lane): lane for lane in self.lanes}.values())
+        kinds = [_post_kind(lane) for lane in self._posts]
+        self._post_numbers = LaneTable([kinds.index(_post_kind(lane)) for lane in self.lanes])
         self._layout: tuple | None = None
 
     def run(self, state: State, around: Around, is_inner: bool) -> Tensor:
@@ -157,11 +179,9 @@ class BoundPlan:
             state = stage.run(state, numbers, around)
         if is_inner:
             return state.hidden
-        kinds = [_post_kind(lane) for lane in self.lanes]
-        posts = list(dict(zip(kinds, self.lanes, strict=True)).items())
-        out = posts[0][1].post(state.hidden, hidden, around)
-        for kind, lane in posts[1:]:
-            own = _looked_up([int(k == kind) for k in kinds], numbers).bool().unsqueeze(-1)
+        out = self._posts[0].post(state.hidden, hidden, around)
+        for i, lane in enumerate(self._posts[1:], 1):
+            own = (self._post_numbers.at(numbers) == i).unsqueeze(-1)
             out = torch.where(own, lane.post(state.hidden, hidden, around), out)
         return out
 
@@ -231,13 +251,6 @@ def _rows(region: Region, size: int, channels: int) -> slice:
 
 def _row_numbers(plan: Plan) -> Tensor:
     return ForwardContext.get_context().row_numbers.repeat(plan.channels)
-
-
-def _looked_up(values: list[int], lane_numbers: Tensor) -> Tensor:
-    """Each lane's value at its rows and tokens, int32."""
-    if len(set(values)) == 1:
-        return torch.full_like(lane_numbers, values[0])
-    return torch.tensor(values, dtype=torch.int32, device=lane_numbers.device)[lane_numbers]
 
 
 _PRE_FIELDS = ("is_parallel", "original_ln_before", "residual_before_ln")
