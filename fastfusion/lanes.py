@@ -186,7 +186,7 @@ class BoundPlan:
         return out
 
     def _run_lanes(self, state: State, around: Around, is_inner: bool) -> Tensor:
-        out = torch.empty_like(state.hidden)
+        results: list[tuple[Part, Tensor]] = []
         for lane, part in zip(self.lanes, self._parts(state.hidden), strict=True):
             own_around = around._replace(
                 input=part.of(around.input),
@@ -202,7 +202,12 @@ class BoundPlan:
             for step in lane.steps:
                 own = step.run(own, own_around)
             result = own.hidden if is_inner else lane.post(own.hidden, start.hidden, own_around)
-            out[part.rows, part.tokens] = result
+            results.append((part, result))
+        # under autocast a lane that ends with a LayerNorm is in fp32, one without it is not
+        dtypes = {result.dtype for _, result in results} or {state.hidden.dtype}
+        out = torch.empty_like(state.hidden, dtype=functools.reduce(torch.promote_types, dtypes))
+        for part, result in results:
+            out[part.rows, part.tokens] = result.to(out.dtype)
         return out
 
     def _parts(self, hidden: Tensor) -> list[Part]:

@@ -38,7 +38,7 @@ def parse_row(entry: Any, argument: str) -> AdapterCompositionBlock | None:
     Raises:
         ValueError: none of these, or a block over rows.
     """
-    if not isinstance(entry, (str, AdapterCompositionBlock)):
+    if not isinstance(entry, (str, AdapterCompositionBlock)) or entry == "":
         raise ValueError(
             f"{argument}: expected names, blocks or {BASE!r}, one for each row; got {entry!r}"
         )
