@@ -1,4 +1,4 @@
-"""The lanes of a plan with their modules: all in one call of the op per stage, or one by one."""
+"""A plan with its modules: stage k of all lanes in one call of the op, or one stage by one."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -42,11 +42,30 @@ class Part(NamedTuple):
         """That part of a tensor [B, S, ...]."""
         return value[self.rows, self.tokens]
 
-    def spread(self, value: Tensor, shape: Sequence[int], has_tokens: bool) -> Tensor:
-        """A tensor over all rows, and tokens where it has them, with zeros beside the part."""
-        full = value.new_zeros(*shape[: 2 if has_tokens else 1], *value.shape[1 + has_tokens :])
-        full[(self.rows, self.tokens) if has_tokens else self.rows] = value
-        return full
+    def put(self, value: Tensor, whole: Tensor) -> Tensor:
+        """The whole with this part replaced; under autocast in the wider of the two types."""
+        if value.shape == whole.shape:
+            return value
+        whole = whole.to(torch.promote_types(value.dtype, whole.dtype), copy=True)
+        whole[self.rows, self.tokens] = value.to(whole.dtype)
+        return whole
+
+    def record(
+        self,
+        record: Callable[[str, str, Tensor], None],
+        shape: torch.Size,
+        output: str,
+        name: str,
+        value: Tensor,
+    ) -> None:
+        """Report a value of this part as one of all rows, and tokens, with zeros beside it."""
+        if output == "adapter_fusion_attentions":
+            whole = value.new_zeros(*shape[:2], *value.shape[2:])
+            whole[self.rows, self.tokens] = value
+        else:
+            whole = value.new_zeros(shape[0], *value.shape[1:])
+            whole[self.rows] = value
+        record(output, name, whole)
 
 
 class LaneTable:
@@ -132,6 +151,7 @@ class BoundPlan:
 
     Args:
         plan: the plan.
+        steps: its stages.
         lanes: its lanes.
         make_group: from mixtures to their group.
     """
@@ -139,10 +159,12 @@ class BoundPlan:
     def __init__(
         self,
         plan: Plan,
+        steps: Sequence[Step],
         lanes: Sequence[BoundLane],
         make_group: Callable[[list[Mixture]], MixtureGroup],
     ):
         self.plan = plan
+        self.steps = list(steps)
         self.lanes = list(lanes)
         self.obstacle = None if plan.is_whole else _obstacle(self.lanes)
         self._stages: list[GroupedStage] = []
@@ -171,7 +193,7 @@ class BoundPlan:
         )
         if is_grouped:
             return self._run_grouped(state, around, is_inner)
-        return self._run_lanes(state, around, is_inner)
+        return self._run_one_by_one(state, around, is_inner)
 
     def _run_grouped(self, state: State, around: Around, is_inner: bool) -> Tensor:
         hidden, numbers = state.hidden, self._lane_numbers(state.hidden)
@@ -185,42 +207,42 @@ class BoundPlan:
             out = torch.where(own, lane.post(state.hidden, hidden, around), out)
         return out
 
-    def _run_lanes(self, state: State, around: Around, is_inner: bool) -> Tensor:
-        results: list[tuple[Part, Tensor]] = []
-        for lane, part in zip(self.lanes, self._parts(state.hidden), strict=True):
-            own_around = around._replace(
-                input=part.of(around.input),
-                record=lambda output, name, value, part=part: around.record(
-                    output,
-                    name,
-                    part.spread(value, state.hidden.shape, output == "adapter_fusion_attentions"),
-                ),
-            )
-            own = start = State(part.of(state.hidden), part.of(state.residual))
-            if own.hidden.numel() == 0:
+    def _run_one_by_one(self, state: State, around: Around, is_inner: bool) -> Tensor:
+        current, shape = state.hidden, state.hidden.shape
+        for (region, _), step in zip(self.plan.stages, self.steps, strict=True):
+            part = self._part(region, shape)
+            own = part.of(current)
+            if own.numel() == 0:
                 continue
-            for step in lane.steps:
-                own = step.run(own, own_around)
-            result = own.hidden if is_inner else lane.post(own.hidden, start.hidden, own_around)
-            results.append((part, result))
-        # under autocast a lane that ends with a LayerNorm is in fp32, one without it is not
-        dtypes = {result.dtype for _, result in results} or {state.hidden.dtype}
-        out = torch.empty_like(state.hidden, dtype=functools.reduce(torch.promote_types, dtypes))
-        for part, result in results:
-            out[part.rows, part.tokens] = result.to(out.dtype)
+            record = functools.partial(part.record, around.record, shape)
+            own_around = around._replace(input=part.of(around.input), record=record)
+            own_state = State(own, part.of(state.residual))
+            current = part.put(step.run(own_state, own_around).hidden, current)
+        if is_inner:
+            return current
+        if len(self._posts) == 1:
+            return self._posts[0].post(current, state.hidden, around)
+        out = current
+        for lane in self.lanes:
+            part = self._part(lane.region, shape)
+            own_around = around._replace(input=part.of(around.input))
+            result = lane.post(part.of(current), part.of(state.hidden), own_around)
+            out = part.put(result, out)
         return out
 
-    def _parts(self, hidden: Tensor) -> list[Part]:
-        """Where each lane lies in the hidden states [channels * B, S, H]."""
-        parts = []
-        for region in (lane.region for lane in self.lanes):
-            rows: slice | Tensor = _rows(region, hidden.shape[0], self.plan.channels)
-            if region.task is not None:
-                numbers = _row_numbers(self.plan)
-                (found,) = (numbers[rows] == region.task).nonzero(as_tuple=True)
-                rows = found + rows.start
-            parts.append(Part(rows, slice(*region.tokens)))
-        return parts
+    def _part(self, region: Region, shape: torch.Size) -> Part:
+        """Where a region lies in hidden states [channels * B, S, H]."""
+        channels, tokens = self.plan.channels, slice(*region.tokens)
+        rows = _rows(region, shape[0], channels)
+        if region.channel is None and region.rows != (0, None) and channels > 1:
+            # the same rows of every copy of the batch
+            every = torch.arange(shape[0]).view(channels, -1)[:, slice(*region.rows)]
+            return Part(every.flatten(), tokens)
+        if region.task is None:
+            return Part(rows, tokens)
+        numbers = _row_numbers(self.plan)
+        (found,) = (numbers[rows] == region.task).nonzero(as_tuple=True)
+        return Part(found + rows.start, tokens)
 
     def _lane_numbers(self, hidden: Tensor) -> Tensor:
         """The number of each row's and token's lane, [channels * B, S]."""

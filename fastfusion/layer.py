@@ -117,15 +117,16 @@ class AdapterLayer:
 
     def _bind(self, plan: Plan) -> BoundPlan:
         mixtures: dict[Stage, Mixture] = {}
+        steps = [self._step(stage, mixtures) for _, stage in plan.stages]
         lanes = [
             BoundLane(
                 lane.region,
-                [self._step(stage, mixtures) for stage in lane.stages],
+                [steps[number] for number in lane.stages],
                 None if lane.last is None else self.adapters[lane.last],
             )
             for lane in plan.lanes
         ]
-        return BoundPlan(plan, lanes, self._group)
+        return BoundPlan(plan, steps, lanes, self._group)
 
     def _group(self, mixtures: list[Mixture]) -> MixtureGroup:
         return MixtureGroup(mixtures, self.packs, self.settings)
@@ -192,6 +193,7 @@ class AdapterLayer:
         step, mixture = lane.steps[-1], lane.steps[-1].mixture
         if (
             not around.is_literal
+            and len(step.pre) == 1  # the block around a name may have one too
             and step.is_one_mixture()
             and mixture.takes_norm(state.hidden, around.layer_norm)
         ):

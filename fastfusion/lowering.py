@@ -4,7 +4,9 @@ A plan cuts the hidden states [B, S, H] into lanes: parts of the rows and tokens
 of stages. A stage is one mixture of bottlenecks: a single adapter (weight 1), an Average
 (constants) or a Fuse (attention). A Stack appends stages; Split cuts the tokens, BatchSplit the
 rows, Parallel and MultiTask give each child rows of its own. Adapters that are absent at the place
-are left out, and a lane without a stage is what the model does without adapters.
+are left out, and a lane without a stage is what the model does without adapters. What a stage does
+to one token may depend on all tokens that it gets (a gate is their mean), so each is kept with its
+whole region too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -66,18 +68,23 @@ class Region:
 
 @dataclass(frozen=True)
 class Lane:
-    """The stages of one region, and the adapter whose post step ends them (None: no stages)."""
+    """A region that no stage cuts any further."""
 
     region: Region = Region()
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[int, ...] = ()
+    """Which of the plan's stages run there, in order."""
     last: str | None = None
+    """The adapter whose post step ends them; None: there are no stages."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The lanes of one place, which cover all rows and tokens, and the sizes that they ask for."""
+    """The stages of one place, the lanes that they make, and the sizes that they ask for."""
 
+    stages: tuple[tuple[Region, Stage], ...]
+    """In order, each with all rows and tokens that it runs on."""
     lanes: tuple[Lane, ...]
+    """They cover all rows and tokens."""
     channels: int = 1
     tasks: int | None = None
     batch_size: int | None = None
@@ -117,6 +124,7 @@ def _names(setup: Setup) -> Iterator[str]:
 @dataclass
 class _Lowering:
     present: Present
+    stages: list[tuple[Region, Stage]] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=lambda: [Lane()])
     channels: int = 1
     tasks: int | None = None
@@ -129,7 +137,8 @@ class _Lowering:
     def append(self, region: Region, stage: Stage) -> None:
         for i in self._inside(region):
             lane = self.lanes[i]
-            self.lanes[i] = replace(lane, stages=(*lane.stages, stage))
+            self.lanes[i] = replace(lane, stages=(*lane.stages, len(self.stages)))
+        self.stages.append((region, stage))
 
     def _inside(self, region: Region) -> list[int]:
         """Cut the lanes so that each is in the region or outside; the numbers of those inside."""
@@ -250,7 +259,7 @@ class _Lowering:
             if _begins_before(lane.region.tokens, length)
             and _begins_before(lane.region.rows, batch_size)
         )
-        return Plan(lanes, self.channels, self.tasks, **self.sizes)
+        return Plan(tuple(self.stages), lanes, self.channels, self.tasks, **self.sizes)
 
 
 def _other(have: int | None, want: int | None) -> bool:
@@ -336,15 +345,18 @@ def lower_rows(setups: Sequence[AdapterCompositionBlock | None], present: Presen
         present: whether an adapter exists at this place.
     """
     plans = [lower(setup, present) for setup in setups]
-    lanes = [
-        replace(lane, region=replace(lane.region, task=i))
-        for i, plan in enumerate(plans)
-        for lane in plan.lanes
-    ]
+    stages: list[tuple[Region, Stage]] = []
+    lanes: list[Lane] = []
+    for i, plan in enumerate(plans):
+        for lane in plan.lanes:
+            numbers = tuple(len(stages) + number for number in lane.stages)
+            lanes.append(Lane(replace(lane.region, task=i), numbers, lane.last))
+        stages += [(replace(region, task=i), stage) for region, stage in plan.stages]
     lengths = {plan.length for plan in plans if plan.length is not None}
     if len(lengths) > 1:
         raise ValueError(f"splits: expected the same sum in every row; got {sorted(lengths)}")
     return Plan(
+        tuple(stages),
         tuple(lanes),
         tasks=len(setups),
         length=next(iter(lengths), None),
