@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
-from .composition import BatchSplit
+from .composition import BatchSplit, Parallel
 from .modules import check_module_name
 from .ops.activations import ACTIVATIONS, activation_code
 
@@ -514,7 +514,7 @@ class FlexibleHeadsMixin:
         """Heads as `active_head` takes them, with a list of one as its name, of none as None.
 
         Args:
-            heads: a name, a list of names, a BatchSplit of names, or None.
+            heads: a name, a list or a Parallel of names, a BatchSplit of names, or None.
             argument: what the caller's user calls it, for errors.
 
         Raises:
@@ -523,7 +523,7 @@ class FlexibleHeadsMixin:
         if heads is None:
             return None
         names = [heads] if isinstance(heads, str) else heads
-        is_listing = isinstance(names, (list, tuple, BatchSplit))
+        is_listing = isinstance(names, (list, tuple, BatchSplit, Parallel))
         if not is_listing or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"{argument}: expected a head's name, a list or a BatchSplit of names, or None; "

@@ -442,13 +442,14 @@ def test_what_an_active_head_may_be(model):
         (("b", "b"), ["b", "b"]),
         (["c"], "c"),
         (BatchSplit("a", "b", batch_sizes=2), BatchSplit("a", "b", batch_sizes=2)),
+        (Parallel("a", "b"), ["a", "b"]),
         ([], None),
     ):
         model.active_head = given
         assert model.active_head == kept
     model.active_head = "a"
     assert model.config.id2label == labels
-    for wrong in (3, ["a", 3], Parallel("a", "b"), {"a": 1}):
+    for wrong in (3, ["a", 3], Stack("a", "b"), {"a": 1}):
         with pytest.raises(ValueError, match="active_head: expected a head's name, a list or"):
             model.active_head = wrong
     for wrong in (["a", "d"], BatchSplit("d", "a", batch_sizes=1)):
