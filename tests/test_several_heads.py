@@ -516,3 +516,27 @@ def test_bad_calls(model, batch, case):
     model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the base model ran"))
     with pytest.raises(ValueError, match=message):
         call(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("setup", "names", "rows"),
+    [
+        (Parallel("a", "b"), None, [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        (BatchSplit("a", "b", batch_sizes=[2, 3]), None, [[0, 1], [2, 3, 4]]),
+        (None, list("abbab"), [[0, 3], [1, 2, 4]]),
+    ],
+    ids=["Parallel", "BatchSplit", "rows"],
+)
+def test_heads_get_their_rows_of_the_mask(model, batch, setup, names, rows, monkeypatch):
+    seen = []
+    forward = type(model.heads["a"]).forward
+
+    def watched(self, outputs, attention_mask=None, **kwargs):
+        seen.append(attention_mask)
+        return forward(self, outputs, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(type(model.heads["a"]), "forward", watched)
+    model.set_active_adapters(setup)
+    model(**batch, adapter_names=names)
+    for mask, own in zip(seen, rows, strict=True):
+        assert mask.equal(batch["attention_mask"][own])
