@@ -91,6 +91,36 @@ def whole_model(mode: str, columns: list[str], text: str) -> list[str]:
     return [*lines, f"({source(record)})", ""]
 
 
+def routing() -> list[str]:
+    record, found = newest("routing", "R=")
+    rows = [
+        [title, provider, spread(result["ms"], 3), spread(result["over_plain"])]
+        for title, results in found.items()
+        for provider, result in results.items()
+    ]
+    lines = ["Routing: R rows to G groups, plain is torch.sort, bincount, cumsum and indexing:", ""]
+    lines += table(["", "", "ms", "over plain"], rows)
+    return [*lines, f"({source(record)})", ""]
+
+
+def rows() -> list[str]:
+    lines = []
+    for mode in ("one place", "4 layers", "inactive"):
+        record, found = newest("rows", mode)
+        for title, results in found.items():
+            lines += [f"A setup for each row, B=32, S=128, {title}:", ""]
+            cells = [
+                [
+                    name,
+                    spread(result["ms"], 1),
+                    f"{spread(result['over_base'])} of {result['base']}",
+                ]
+                for name, result in results.items()
+            ]
+            lines += table(["", "ms", "time over"], cells)
+    return [*lines, f"({source(record)})", ""]
+
+
 def main() -> None:
     lines = [
         *one_place(),
@@ -100,6 +130,8 @@ def main() -> None:
             ["literal_over_this", "saved_mib"],
             "One training step of the fusion, BERT-base with 4 layers",
         ),
+        *routing(),
+        *rows(),
     ]
     (ROOT / "docs" / "figures.md").write_text(HEAD + "\n" + "\n".join(lines))
 

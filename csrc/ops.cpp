@@ -1,5 +1,7 @@
 // The extension module fastfusion._C: nothing but the schemas of the CPU ops. They are internal;
 // fastfusion/ops/cpp_backend.py calls them, fastfusion/ops/adapter_fusion.py says what they compute.
+// The routing ops have PyTorch implementations beside ours: their schemas are in
+// fastfusion/ops/routing.py.
 //
 // All tensors are contiguous. Activations, weights and gradients are fp32 or bf16, all alike; biases,
 // LayerNorm parameters, mask, temperature, score_offset, p and doffset are fp32.
@@ -29,6 +31,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
       "Tensor? temperature, Tensor? mask, Tensor p, int[] sizes, int[] activations, bool needs_x, "
       "bool needs_down, bool needs_score, bool needs_out) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "adapter_fusion_grouped_cpu(Tensor x, Tensor? residual, Tensor order, Tensor offsets, "
+      "Tensor blocks, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? mask, int[] sizes, int[] activations, int[] counts, "
+      "int[] scored) -> (Tensor, Tensor)");
+  m.def(
+      "adapter_fusion_grouped_backward_cpu(Tensor grad_out, Tensor x, Tensor order, "
+      "Tensor offsets, Tensor blocks, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? mask, Tensor p, int[] sizes, int[] activations, "
+      "int[] counts, int[] scored, bool needs_x, bool needs_in, bool needs_out) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

@@ -23,6 +23,8 @@ class AdapterSetup:
         adapter_setup: as for `set_active_adapters`; None runs the model without adapters.
         head_setup: the head to use, or several, as `active_head` takes them; None: those that the
             setup brings along, as `set_active_adapters` chooses them.
+        skip_layers: numbers of layers that run without adapters; None: those of
+            `set_active_adapters`.
 
     Raises:
         ValueError: at the call of the model, for a name that the model does not have, and for a
@@ -33,9 +35,11 @@ class AdapterSetup:
         self,
         adapter_setup: Setup | None,
         head_setup: str | Sequence[str] | BatchSplit | None = None,
+        skip_layers: Sequence[int] | None = None,
     ):
         self.adapter_setup: AdapterCompositionBlock | None = parse_composition(adapter_setup)
         self.head_setup = head_setup
+        self.skip_layers = None if skip_layers is None else list(skip_layers)
 
     def __enter__(self) -> "AdapterSetup":
         # the thread's own list: one object may be entered in several threads at once

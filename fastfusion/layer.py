@@ -1,18 +1,18 @@
 """One place of a model's layer where adapters may sit: its modules, its plans, its forward."""
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from . import reference
 from .composition import AdapterCompositionBlock
 from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup, ForwardContext
-from .lowering import Branch, Lane, Plan, Region, Stage, lower, lower_rows
-from .mixture import Mixture
-from .modules import Adapter, NamedModules
+from .lanes import BoundLane, BoundPlan
+from .lowering import Branch, Plan, Stage, lower, lower_rows
+from .mixture import Mixture, MixtureGroup
+from .modules import NamedModules
 from .packing import PackCache
 from .steps import Around, State, Step, score_mask
 
@@ -20,50 +20,24 @@ _KEPT_PLANS = 8
 """Plans of other setups than the active one that a place keeps, with their packed weights."""
 
 
+class RoutedSetups(NamedTuple):
+    """The setups that `adapter_ids` number."""
+
+    setups: tuple[AdapterCompositionBlock | None, ...]
+    needed: Plan
+    """The sizes that a batch must have."""
+    obstacle: str | None = None
+    """Why they cannot run any more, or None."""
+
+
 class PlaceSettings(Protocol):
     """What the places of one model share."""
 
     config: ModelAdaptersConfig
     backend: str | None
+    routed: RoutedSetups
 
     def copies_batch(self, place: "AdapterLayer") -> bool: ...
-
-
-class BoundLane(NamedTuple):
-    """A lane with the modules that it names."""
-
-    region: Region
-    steps: list[Step]
-    last: Adapter | None
-
-
-class BoundPlan(NamedTuple):
-    """A plan with the modules that it names."""
-
-    plan: Plan
-    lanes: list[BoundLane]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no adapter runs."""
-        return not any(lane.steps for lane in self.lanes)
-
-
-class Part(NamedTuple):
-    """Where a lane's rows and tokens lie in the hidden states."""
-
-    rows: slice | Tensor
-    tokens: slice
-
-    def of(self, value: Tensor) -> Tensor:
-        """That part of a tensor [B, S, ...]."""
-        return value[self.rows, self.tokens]
-
-    def spread(self, value: Tensor, shape: Sequence[int], has_tokens: bool) -> Tensor:
-        """A tensor over all rows, and tokens where it has them, with zeros beside the part."""
-        full = value.new_zeros(*shape[: 2 if has_tokens else 1], *value.shape[1 + has_tokens :])
-        full[(self.rows, self.tokens) if has_tokens else self.rows] = value
-        return full
 
 
 class AdapterLayer:
@@ -82,8 +56,10 @@ class AdapterLayer:
         self.packs = PackCache()
         self.adapters = NamedModules(self.packs.drop)
         self.adapter_fusion_layer = NamedModules(self.packs.drop)
-        self.plan = BoundPlan(Plan((Lane(),)), [BoundLane(Region(), [], None)])
-        self._plans: dict[Hashable, BoundPlan] = {}
+        self.plan = self._bind(lower(None, self.adapters.__contains__))
+        self.routed_plan = self.plan
+        """Of the setups that `adapter_ids` number."""
+        self._plans: OrderedDict[tuple[Any, bool], BoundPlan] = OrderedDict()
 
     # -- plans ----------------------------------------------------------------------------------
 
@@ -109,24 +85,34 @@ class AdapterLayer:
     def activate(self, plan: BoundPlan) -> None:
         """Run this plan from now on; plans of other setups are forgotten."""
         self.plan = plan
-        self._plans = {}
+        self._plans = OrderedDict()
 
     def current_plan(self) -> BoundPlan:
         """The plan of this forward: of its rows' setups, of a context, or the active one."""
-        context = ForwardContext.get_context()
-        if context is not None and context.row_setups is not None:
-            return self._kept_plan(context.row_setups, self.lower_rows)
-        setup = AdapterSetup.get_context()
-        return self.plan if setup is None else self._kept_plan(setup.adapter_setup, self.lower)
+        forward, setup = ForwardContext.get_context(), AdapterSetup.get_context()
+        row_setups = None if forward is None else forward.row_setups
+        if setup is None and row_setups is None:
+            return self.plan
+        if setup is None and row_setups is self.settings.routed.setups:
+            return self.routed_plan
+        skip_layers = self.settings.config.skip_layers
+        if setup is not None and setup.skip_layers is not None:
+            skip_layers = setup.skip_layers
+        skips = self.layer_idx in skip_layers
+        if row_setups is not None:
+            return self._kept_plan((row_setups, skips), self.lower_rows)
+        return self._kept_plan((setup.adapter_setup, skips), self.lower)
 
-    def _kept_plan(self, key: Hashable, make) -> BoundPlan:
-        plan = self._plans.pop(key, None)
-        if plan is None:
-            plan = make(key, self.settings.config.skip_layers)
-            if len(self._plans) >= _KEPT_PLANS:
-                # the one that was used longest ago goes, and its packs with it
-                self._plans.pop(next(iter(self._plans)), None)
-        self._plans[key] = plan
+    def _kept_plan(self, key: tuple[Any, bool], make: Callable[..., BoundPlan]) -> BoundPlan:
+        plan = self._plans.get(key)
+        if plan is not None:
+            self._plans.move_to_end(key)
+            return plan
+        setup, skips = key
+        plan = self._plans[key] = make(setup, (self.layer_idx,) if skips else ())
+        if len(self._plans) > _KEPT_PLANS:
+            # the one that was used longest ago goes, and its packs with it
+            self._plans.popitem(last=False)
         return plan
 
     def _bind(self, plan: Plan) -> BoundPlan:
@@ -139,13 +125,15 @@ class AdapterLayer:
             )
             for lane in plan.lanes
         ]
-        return BoundPlan(plan, lanes)
+        return BoundPlan(plan, lanes, self._group)
+
+    def _group(self, mixtures: list[Mixture]) -> MixtureGroup:
+        return MixtureGroup(mixtures, self.packs, self.settings)
 
     def _step(self, stage: Stage, mixtures: dict[Stage, Mixture]) -> Step:
         pre = [self.adapters[name] for name in stage.pre]
         if stage.plans:
-            plans = [self._bind(plan) for plan in stage.plans]
-            return Step(stage, None, pre, plans=[_Run(self, plan) for plan in plans])
+            return Step(stage, None, pre, plans=[self._bind(plan) for plan in stage.plans])
         key = Stage(stage.branches, stage.fusion, stage.weights)
         mixture = mixtures.get(key)
         if mixture is None:
@@ -193,11 +181,11 @@ class AdapterLayer:
             hidden, input = (t.repeat(channels, 1, 1) for t in (hidden, input))
             around = around._replace(input=input)
         plan.plan.check(hidden.shape[0] // channels, hidden.shape[1])
-        return self._run_lanes(plan, State(hidden, input), around, self._finish)
+        return plan.run(State(hidden, input), around, is_inner=False)
 
     def _run_whole(self, lane: BoundLane, hidden: Tensor, around: Around) -> Tensor:
         if not lane.steps:
-            return self._finish(lane, hidden, hidden, around)
+            return lane.post(hidden, hidden, around)
         state = State(hidden, around.input)
         for step in lane.steps[:-1]:
             state = step.run(state, around)
@@ -214,69 +202,9 @@ class AdapterLayer:
             step.report(attention, around)
             return out
         state = step.run(state, around)
-        return self._finish(lane, state.hidden, hidden, around)
-
-    def _finish(self, lane: BoundLane, output: Tensor, hidden: Tensor, around: Around) -> Tensor:
-        """The post step of a lane's last adapter; without one, what the model does."""
-        if lane.last is not None:
-            config = lane.last.config
-            return reference.adapter_post(output, hidden, around.input, around.layer_norm, config)
-        summed = hidden + around.input
-        return summed if around.layer_norm is None else around.layer_norm(summed)
-
-    def run_plan(self, plan: BoundPlan, state: State, around: Around) -> Tensor:
-        """A plan inside another one: no post step of its own."""
-        return self._run_lanes(plan, state, around, lambda lane, output, hidden, around: output)
-
-    def _run_lanes(self, plan: BoundPlan, state: State, around: Around, finish) -> Tensor:
-        out = torch.empty_like(state.hidden)
-        for lane, part in zip(plan.lanes, _parts(plan.plan, state.hidden), strict=True):
-            own_around = around._replace(
-                input=part.of(around.input),
-                record=lambda output, name, value, part=part: around.record(
-                    output,
-                    name,
-                    part.spread(value, state.hidden.shape, output == "adapter_fusion_attentions"),
-                ),
-            )
-            own = start = State(part.of(state.hidden), part.of(state.residual))
-            if own.hidden.numel() == 0:
-                continue
-            for step in lane.steps:
-                own = step.run(own, own_around)
-            out[part.rows, part.tokens] = finish(lane, own.hidden, start.hidden, own_around)
-        return out
+        return lane.post(state.hidden, hidden, around)
 
     def _record(self, output: str, name: str, value: Tensor) -> None:
         context = ForwardContext.get_context()
         if context is not None and getattr(context, f"output_{output}"):
             context.record(output, name, self.layer_idx, self.location, value)
-
-
-class _Run(NamedTuple):
-    """A child plan as a step runs it."""
-
-    layer: AdapterLayer
-    plan: BoundPlan
-
-    def __call__(self, state: State, around: Around) -> Tensor:
-        return self.layer.run_plan(self.plan, state, around)
-
-
-def _parts(plan: Plan, hidden: Tensor) -> list[Part]:
-    """Where each lane of a plan lies in the hidden states [channels * B, S, H]."""
-    size = hidden.shape[0] // plan.channels
-    numbers = None
-    if plan.tasks is not None:
-        numbers = ForwardContext.get_context().row_numbers.repeat(plan.channels)
-    parts = []
-    for region in (lane.region for lane in plan.lanes):
-        offset = (region.channel or 0) * size
-        start, end = region.rows
-        stop = hidden.shape[0] if region.channel is None else offset + size
-        rows: slice | Tensor = slice(offset + start, stop if end is None else offset + end)
-        if region.task is not None:
-            (found,) = (numbers[rows] == region.task).nonzero(as_tuple=True)
-            rows = found + rows.start
-        parts.append(Part(rows, slice(*region.tokens)))
-    return parts

@@ -243,7 +243,13 @@ class _Lowering:
         return Stage((), weights=weights, plans=tuple(plans), pre=pre)
 
     def plan(self, last: str | None) -> Plan:
-        lanes = tuple(replace(lane, last=last if lane.stages else None) for lane in self.lanes)
+        length, batch_size = self.sizes.get("length"), self.sizes.get("batch_size")
+        lanes = tuple(
+            replace(lane, last=last if lane.stages else None)
+            for lane in self.lanes
+            if _begins_before(lane.region.tokens, length)
+            and _begins_before(lane.region.rows, batch_size)
+        )
         return Plan(lanes, self.channels, self.tasks, **self.sizes)
 
 
@@ -262,6 +268,10 @@ def _cut(interval: Interval, by: Interval) -> list[tuple[Interval, bool]]:
     if high is not None and (end is None or high < end):
         parts.append(((high, end), False))
     return [(part, is_in) for part, is_in in parts if part[1] is None or part[0] < part[1]]
+
+
+def _begins_before(interval: Interval, end: int | None) -> bool:
+    return end is None or interval[0] < end or interval == (0, None)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

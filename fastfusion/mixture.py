@@ -1,10 +1,10 @@
-"""One mixture at one place, bound to its modules: the form, the weights, the call of the op."""
+"""Mixtures at one place, bound to their modules: the form, the weights, the call of the op."""
 
 import functools
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,83 @@ from torch import Tensor, nn
 
 from . import absorb
 from .modules import Adapter, AdapterFusion
-from .ops import PackedWeights, adapter_fusion, adapter_fusion_norm
-from .packing import Pack, PackCache, autocast_off, rescaled, scaled
+from .ops import (
+    GroupedWeights,
+    PackedWeights,
+    adapter_fusion,
+    adapter_fusion_grouped,
+    adapter_fusion_norm,
+    max_scored,
+    stack,
+)
+from .packing import Pack, PackCache, Weights, autocast_off, rescaled, scaled
 
 if TYPE_CHECKING:
     from .layer import PlaceSettings
 
 
 _handles = itertools.count()
-_mixtures: "weakref.WeakValueDictionary[int, Mixture]" = weakref.WeakValueDictionary()
+_packed: "weakref.WeakValueDictionary[int, _Packed]" = weakref.WeakValueDictionary()
 """What compiled graphs know mixtures by."""
 
 
-class Mixture:
+class _Packed:
+    """What is computed with cached weights: what the parameters are, and how they are packed."""
+
+    def __init__(self, packs: PackCache, settings: "PlaceSettings"):
+        self._packs = packs
+        self._settings = settings
+        self._register()
+
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        _packed[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:
+        # a copy is an object of its own
+        self.__dict__.update(state)
+        self._register()
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters that the weights are packed from."""
+        raise NotImplementedError
+
+    def scalings(self) -> list[Any]:
+        """The fixed scalings, which are no tensors."""
+        raise NotImplementedError
+
+    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> Weights:
+        """The packed weights with other values for `tensors()`."""
+        raise NotImplementedError
+
+    def packed_weights(self, absorbed: bool, like: Tensor, tensors: list[Tensor]) -> Weights:
+        """The cached weights of a form, for rows of the dtype of `like`."""
+        pack = self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
+        return pack.weights(tensors, self.scalings())
+
+    def _make_pack(self, absorbed: bool, like: Tensor) -> Pack:
+        _check_like(self.tensors(), like)
+        # weak: packs are kept by what they belong to, and go with it
+        return Pack(functools.partial(_build, weakref.ref(self), absorbed), like.dtype)
+
+    def _recorded_weights(self, absorbed: bool, tensors: list[Tensor], like: Tensor) -> Weights:
+        """Weights that gradients flow through, in the dtype of `like`."""
+        self._packs.drop()
+        _check_like(tensors, like)
+        with autocast_off(like):
+            if like.dtype == torch.float16:
+                # products of three matrices leave its range: see packing.rescaled
+                weights = rescaled(self.pack([t.float() for t in tensors], absorbed))
+            else:
+                weights = self.pack(tensors, absorbed)
+        cast = [
+            t.to(like.dtype) if isinstance(t, Tensor) and name != "temperature" else t
+            for name, t in weights._asdict().items()
+        ]
+        return type(weights)(*cast)
+
+
+class Mixture(_Packed):
     """A single adapter, or several under constant weights or a fusion layer, at one place.
 
     Made when a setup is activated, so that a forward only gathers parameters and calls the op.
@@ -45,12 +109,10 @@ class Mixture:
         packs: PackCache,
         settings: "PlaceSettings",
     ):
-        self._register()
+        super().__init__(packs, settings)
         self.adapters = list(adapters)
         self.fusion = fusion
         self.weights = weights
-        self._packs = packs
-        self._settings = settings
         self._columns = sum(adapter.bottleneck_size for adapter in adapters)
         last = adapters[-1].config
         reads_sum = fusion is None or not (
@@ -65,21 +127,18 @@ class Mixture:
             and not any(adapter.config["ln_before"] for adapter in adapters)
         )
 
-    def _register(self) -> None:
-        self.handle = next(_handles)
-        _mixtures[self.handle] = self
-
-    def __setstate__(self, state: dict) -> None:
-        # a copy is a mixture of its own
-        self.__dict__.update(state)
-        self._register()
-
     @property
     def config(self):
         """The pre step, the post step and the norms of a mixture are those of its last adapter."""
         return self.adapters[-1].config
 
-    def _tensors(self) -> list[Tensor]:
+    @property
+    def residual_share(self) -> float:
+        """What of the residual is in a sum with constant weights: parallel adapters add none."""
+        pairs = zip(self.weights, self.adapters, strict=True)
+        return sum(w for w, a in pairs if not a.config["is_parallel"])
+
+    def tensors(self) -> list[Tensor]:
         tensors: list[Tensor] = []
         for adapter in self.adapters:
             tensors += adapter.tensors()
@@ -94,13 +153,19 @@ class Mixture:
             adapters = [a._replace(weight=w) for a, w in zip(adapters, self.weights, strict=True)]
         return absorb.Parameters(adapters, attention)
 
+    def scalings(self) -> list[Any]:
+        return [adapter.__dict__.get("scaling") for adapter in self.adapters]
+
+    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> PackedWeights:
+        return absorb.pack(self._parameters().with_tensors(tensors), absorbed)
+
     def _is_absorbed(self, hidden: Tensor) -> bool:
         """Whether the op computes the whole mixture; else the fusion's matrices stay outside."""
         if self.fusion is None:
             return True
         if not self.fusion.is_absorbable():
             return False
-        recorded = torch.is_grad_enabled() and _is_recorded(self._tensors())
+        recorded = torch.is_grad_enabled() and _is_recorded(self.tensors())
         hidden_size = hidden.shape[-1]
         rows = hidden.numel() // hidden_size
         return absorb.prefers_absorbed(rows, hidden_size, self._columns, recorded)
@@ -158,7 +223,7 @@ class Mixture:
             rows(residual),
             rows(mask),
         )
-        tensors = self._tensors()
+        tensors = self.tensors()
         if self._is_absorbed(x[0]):
             out, p = self._call(True, tensors, x, query, residual, mask, None)
         else:
@@ -184,7 +249,7 @@ class Mixture:
         norm = (layer_norm.weight, layer_norm.bias, layer_norm.eps, ln_before)
         if mask is not None:
             mask = mask.reshape(-1, mask.shape[-1])
-        tensors = self._tensors()
+        tensors = self.tensors()
         if _looks_up_in_graph(mask):
             packed = self._packed_arguments(True, tensors)
             out, p = torch.ops.fastfusion.adapter_fusion_norm_packed(*rows, *norm, *packed)
@@ -229,35 +294,13 @@ class Mixture:
     def _weights(
         self, absorbed: bool, tensors: list[Tensor], like: Tensor, mask: Tensor | None
     ) -> PackedWeights:
-        temperature = None if self.fusion is None else self.fusion.temperature
         # traced code cannot look into the cache, and a mask is there in training alone
         if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
-            return self.packed_weights(absorbed, like, tensors, temperature)
-        self._packs.drop()
-        _check_like(tensors, like)
-        parameters = self._parameters()
-        with autocast_off(like):
-            if like.dtype == torch.float16:
-                # products of three matrices leave its range: see packing.rescaled
-                parameters = parameters.with_tensors([t.float() for t in parameters.tensors()])
-                weights = rescaled(absorb.pack(parameters, absorbed))
-            else:
-                weights = absorb.pack(parameters, absorbed)
-        cast = [t if t is None else t.to(like.dtype) for t in weights[:5]]
-        return PackedWeights(*cast, scaled(temperature, weights.temperature), *weights[6:])
-
-    def packed_weights(
-        self, absorbed: bool, like: Tensor, tensors: list[Tensor], temperature: Tensor | None
-    ) -> PackedWeights:
-        """The cached weights of a form, for rows of the dtype of `like`."""
-        pack = self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
-        scalings = [adapter.__dict__.get("scaling") for adapter in self.adapters]
-        return pack.weights(tensors, scalings, temperature)
-
-    def _make_pack(self, absorbed: bool, like: Tensor) -> Pack:
-        _check_like(self._tensors(), like)
-        # weak: packs are kept by their mixture, and go with it
-        return Pack(functools.partial(_build, weakref.ref(self), absorbed), like.dtype)
+            weights = self.packed_weights(absorbed, like, tensors)
+        else:
+            weights = self._recorded_weights(absorbed, tensors, like)
+        temperature = None if self.fusion is None else self.fusion.temperature
+        return weights._replace(temperature=scaled(temperature, weights.temperature))
 
     def _packed_arguments(self, absorbed: bool, tensors: list[Tensor]) -> tuple:
         temperature = None if self.fusion is None else self.fusion.temperature
@@ -265,8 +308,84 @@ class Mixture:
         return tensors, temperature, count, self.handle, absorbed, self._settings.backend
 
 
-def _build(mixture: "weakref.ref[Mixture]", absorbed: bool, tensors: Sequence[Tensor]):
-    return absorb.pack(mixture()._parameters().with_tensors(tensors), absorbed)
+class MixtureGroup(_Packed):
+    """Several mixtures at one place, each for rows of its own, in one call of the op.
+
+    Args:
+        mixtures: those that `can_group` takes.
+        packs, settings: as for `Mixture`.
+    """
+
+    def __init__(self, mixtures: Sequence[Mixture], packs: PackCache, settings: "PlaceSettings"):
+        super().__init__(packs, settings)
+        self.mixtures = list(mixtures)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for mixture in self.mixtures for tensor in mixture.tensors()]
+
+    def scalings(self) -> list[Any]:
+        return [scaling for mixture in self.mixtures for scaling in mixture.scalings()]
+
+    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> GroupedWeights:
+        packs, start = [], 0
+        for mixture in self.mixtures:
+            end = start + len(mixture.tensors())
+            packs.append(mixture.pack(tensors[start:end], absorbed))
+            start = end
+        return stack(packs)
+
+    def run(
+        self, x: Tensor, residual: Tensor | None, groups: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Every row through its mixture.
+
+        Args:
+            x: [B, S, H], what all of them read.
+            residual: [B, S, H], or None; where no mixture runs, the result.
+            groups: [B * S], int32, the number of each row's mixture, or -1.
+            mask: dropout on the scores, [B, S, N].
+
+        Returns:
+            [B, S, H] and the attention [B, S, N], zero behind a row's own adapters.
+        """
+        shape = x.shape
+        dtype = _autocast_dtype(x) or x.dtype
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
+
+        x, residual, mask = rows(x), rows(residual), rows(mask)
+        tensors, backend = self.tensors(), self._settings.backend
+        if _looks_up_in_graph(mask):
+            width = max_scored(*self._counts())
+            out, p = torch.ops.fastfusion.adapter_fusion_grouped_packed(
+                x, residual, groups, tensors, width, self.handle, backend
+            )
+        else:
+            if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
+                weights = self.packed_weights(True, x, tensors)
+            else:
+                weights = self._recorded_weights(True, tensors, x)
+            out, p = adapter_fusion_grouped(
+                x, residual, groups, weights, mask=mask, backend=backend
+            )
+        return out.view(shape), p.view(*shape[:-1], p.shape[-1])
+
+    def _counts(self) -> tuple[list[int], list[int]]:
+        return (
+            [len(mixture.adapters) for mixture in self.mixtures],
+            [int(mixture.fusion is not None) for mixture in self.mixtures],
+        )
+
+    @property
+    def dropout(self) -> float:
+        """Of the scores, in training; the largest of the fusions'."""
+        fusions = [mixture.fusion for mixture in self.mixtures if mixture.fusion is not None]
+        return max((f.dropout for f in fusions if f.training), default=0.0)
+
+
+def _build(owner: "weakref.ref[_Packed]", absorbed: bool, tensors: Sequence[Tensor]) -> Weights:
+    return owner().pack(tensors, absorbed)
 
 
 def _autocast_dtype(like: Tensor) -> torch.dtype | None:
@@ -317,17 +436,34 @@ _LIBRARY.define(
 )
 
 
+_LIBRARY.define(
+    "adapter_fusion_grouped_packed(Tensor x, Tensor? residual, Tensor groups, Tensor[] tensors, "
+    "int max_scored, int mixture, str? backend) -> (Tensor, Tensor)"
+)
+
+
+def _looked_up(mixture, absorbed, like, tensors, temperature):
+    weights = _packed[mixture].packed_weights(absorbed, like, tensors)
+    return weights._replace(temperature=scaled(temperature, weights.temperature))
+
+
 def _adapter_fusion_packed(x, query, residual, tensors, temperature, _, mixture, absorbed, backend):
-    weights = _mixtures[mixture].packed_weights(absorbed, x[0], tensors, temperature)
+    weights = _looked_up(mixture, absorbed, x[0], tensors, temperature)
     with torch.no_grad():
         return adapter_fusion(x, query, residual, weights, backend=backend)
 
 
 def _adapter_fusion_norm_packed(hidden, input, *args):
     *norm, tensors, temperature, _, mixture, absorbed, backend = args
-    weights = _mixtures[mixture].packed_weights(absorbed, hidden, tensors, temperature)
+    weights = _looked_up(mixture, absorbed, hidden, tensors, temperature)
     with torch.no_grad():
         return adapter_fusion_norm(hidden, input, *norm, weights, backend=backend)
+
+
+def _adapter_fusion_grouped_packed(x, residual, groups, tensors, _, mixture, backend):
+    weights = _packed[mixture].packed_weights(True, x, tensors)
+    with torch.no_grad():
+        return adapter_fusion_grouped(x, residual, groups, weights, backend=backend)
 
 
 def _fake_packed(like: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
@@ -350,3 +486,14 @@ def _(x, query, residual, tensors, temperature, num_adapters, *_):
 @torch.library.register_fake("fastfusion::adapter_fusion_norm_packed", lib=_LIBRARY)
 def _(hidden, input, weight, bias, eps, before, tensors, temperature, num_adapters, *_):
     return _fake_packed(hidden, num_adapters)
+
+
+_LIBRARY.impl(
+    "adapter_fusion_grouped_packed", _adapter_fusion_grouped_packed, "CompositeExplicitAutograd"
+)
+
+
+@torch.library.register_fake("fastfusion::adapter_fusion_grouped_packed", lib=_LIBRARY)
+def _(x, residual, groups, tensors, max_scored, *_):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty([x.shape[0], max_scored], dtype=dtype)

@@ -20,7 +20,8 @@ from .configuration import (
     ModelAdaptersConfig,
 )
 from .context import AdapterSetup, ForwardContext
-from .layer import AdapterLayer
+from .explain import AdapterPlan
+from .layer import AdapterLayer, RoutedSetups
 from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
 from .patching import Architecture, architecture_of, patch, unpatch
@@ -48,7 +49,8 @@ class ModelAdapters:
         )
         self.requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
         self.frozen = False
-        self.routed_setups: dict[AdapterCompositionBlock | None, int] = {}
+        self.needed = rows.needed(None)
+        self.routed = RoutedSetups((), self.needed)
         self.layers, self.done = patch(base_model, architecture, self._make_layer)
 
     def _make_layer(self, place: Place) -> AdapterLayer:
@@ -58,16 +60,38 @@ class ModelAdapters:
         self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
     ) -> None:
         """Lower a setup at every place and, if that goes well, make it the active one."""
-        rows.needed(setup)
+        needed = rows.needed(setup)
         plans = [layer.lower(setup, skip_layers) for layer in self.layers]
         for layer, plan in zip(self.layers, plans, strict=True):
             layer.activate(plan)
-        self.config.active_setup = setup
+        self.config.active_setup, self.needed = setup, needed
         self.config.skip_layers = list(skip_layers)
+        self._lower_routed(self.routed.setups)
 
     def update_plans(self) -> None:
         """Lower the active setup again: after a change of modules."""
         self.activate(self.config.active_setup, self.config.skip_layers)
+
+    def route(self, setups: Sequence[AdapterCompositionBlock | None]) -> list[int]:
+        """The numbers of setups among those that were ever routed; new ones come at the end."""
+        known = list(dict.fromkeys((*self.routed.setups, *setups)))
+        if len(known) > len(self.routed.setups):
+            self._lower_routed(tuple(known))
+        number = {setup: i for i, setup in enumerate(known)}
+        return [number[setup] for setup in setups]
+
+    def _lower_routed(self, setups: tuple[AdapterCompositionBlock | None, ...]) -> None:
+        obstacle = None
+        try:
+            for setup in setups:
+                self.check_setup(setup)
+            plans = [layer.lower_rows(setups, self.config.skip_layers) for layer in self.layers]
+        except ValueError as error:
+            # an adapter went that a number stands for: a forward with numbers says so
+            obstacle, plans = str(error), [layer.plan for layer in self.layers]
+        for layer, plan in zip(self.layers, plans, strict=True):
+            layer.routed_plan = plan
+        self.routed = RoutedSetups(setups, rows.needed_rows(setups), obstacle)
 
     def copies_batch(self, place: AdapterLayer) -> bool:
         """Whether a place is the first with a Parallel: until there the batch is one channel."""
@@ -178,6 +202,31 @@ class ModelAdaptersMixin:
         ):
             raise ValueError(f"skip_layers: expected a list of layer numbers; got {skip_layers!r}")
         self.model_adapters.activate(setup, list(skip_layers))
+
+    def adapter_plan(self, setups: Sequence[Any] | None = None) -> AdapterPlan:
+        """What a setup becomes at every place: `print(model.adapter_plan().explain())`.
+
+        Args:
+            setups: the rows' setups, as for `adapter_names`; None for the setup of the next
+                forward: of an `AdapterSetup` context, or the active one.
+
+        Raises:
+            ValueError: unknown adapters or fusions, or a block over rows in `setups`.
+        """
+        if setups is None:
+            (setup,) = self._setups(None)
+            text = repr(setup)
+            plans = [layer.current_plan() for layer in self.model_adapters.layers]
+        else:
+            distinct, _ = rows.row_numbers(setups, None)
+            self._setups(distinct)
+            text = "; ".join(f"{i}: {setup!r}" for i, setup in enumerate(distinct))
+            skip_layers = self.adapters_config.skip_layers
+            plans = [
+                layer.lower_rows(distinct, skip_layers) for layer in self.model_adapters.layers
+            ]
+        places = list(zip(self.model_adapters.layers, plans, strict=True))
+        return AdapterPlan(text, places, self.config.hidden_size)
 
     # -- adding and deleting --------------------------------------------------------------------
 
@@ -622,17 +671,24 @@ class ModelAdaptersMixin:
         shape = rows.input_shape(args, kwargs)
         if "adapter_names" in given:
             setups, numbers = rows.row_numbers(given["adapter_names"], shape)
-        elif "adapter_ids" in given:
-            setups = tuple(self.model_adapters.routed_setups)
-            numbers = rows.checked_numbers(given["adapter_ids"], len(setups), "adapter_ids", shape)
-        else:
-            (setup,) = self._setups(None)
-            rows.check_sizes(setup, shape)
-            numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
-            return {} if numbers is None else {"row_numbers": numbers}
-        for setup in setups:
-            rows.check_sizes(setup, shape)
-        return {"row_setups": setups, "row_numbers": numbers}
+            for setup in setups:
+                rows.check_sizes(rows.needed(setup), shape)
+            return {"row_setups": setups, "row_numbers": numbers}
+        if "adapter_ids" in given:
+            table = self.model_adapters.routed
+            if table.obstacle is not None:
+                raise ValueError(f"adapter_ids: {table.obstacle}")
+            rows.check_sizes(table.needed, shape)
+            numbers = rows.checked_numbers(
+                given["adapter_ids"], len(table.setups), "adapter_ids", shape
+            )
+            return {"row_setups": table.setups, "row_numbers": numbers}
+        (setup,) = self._setups(None)
+        is_active = AdapterSetup.get_context() is None
+        needed = self.model_adapters.needed if is_active else rows.needed(setup)
+        rows.check_sizes(needed, shape)
+        numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
+        return {} if numbers is None else {"row_numbers": numbers}
 
     def routing(self, setups: Sequence[Any]) -> Tensor:
         """Numbers for the rows' setups: `model(**inputs, adapter_ids=ids)` then needs no names.
@@ -655,10 +711,8 @@ class ModelAdaptersMixin:
         parsed = [rows.parse_row(setup, "setups") for setup in setups]
         for setup in parsed:
             self.model_adapters.check_setup(setup)
-        known = self.model_adapters.routed_setups
-        for setup in parsed:
-            known.setdefault(setup, len(known))
-        return torch.tensor([known[setup] for setup in parsed], device=self.base_model.device)
+        numbers = self.model_adapters.route(parsed)
+        return torch.tensor(numbers, device=self.base_model.device)
 
     def _setups(
         self, row_setups: Sequence[AdapterCompositionBlock | None] | None
@@ -667,6 +721,8 @@ class ModelAdaptersMixin:
         context = AdapterSetup.get_context()
         if row_setups is None and context is None:
             return (self.active_adapters,)
+        if row_setups is self.model_adapters.routed.setups:
+            return row_setups
         setups = (context.adapter_setup,) if row_setups is None else row_setups
         for setup in setups:
             self.model_adapters.check_setup(setup)
@@ -676,6 +732,8 @@ class ModelAdaptersMixin:
         self, setups: Sequence[AdapterCompositionBlock | None]
     ) -> list[AdapterFusion]:
         """The modules of the current setups' fusions whose temperature falls."""
+        if not any(config["temperature"] for config in self.adapters_config.fusions.values()):
+            return []
         names = {fuse.name for setup in setups if setup is not None for fuse in _fuses(setup)}
         return [
             module

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .ops import PackedWeights
+from .ops import GroupedWeights, PackedWeights
+
+Weights = PackedWeights | GroupedWeights
 
 _optimizer_steps = 0
 
@@ -56,24 +58,21 @@ class Pack:
         dtype: what the mixture computes in.
     """
 
-    def __init__(self, build: Callable[[Sequence[Tensor]], PackedWeights], dtype: torch.dtype):
+    def __init__(self, build: Callable[[Sequence[Tensor]], Weights], dtype: torch.dtype):
         self._build = build
         self._dtype = dtype
-        self._weights: PackedWeights | None = None
+        self._weights: Weights | None = None
         # kept alive, so that nothing else can get one of their ids or addresses
         self._sources: list[Any] = []
         self._is_lent = False
         self._state: list[Any] = []
 
-    def weights(
-        self, sources: list[Tensor], constants: list[Any], temperature: Tensor | None
-    ) -> PackedWeights:
+    def weights(self, sources: list[Tensor], constants: list[Any]) -> Weights:
         """The packed weights of these parameters, rebuilt if they are stale.
 
         Args:
             sources: the parameters, in the order that `build` expects.
             constants: what else `build` reads.
-            temperature: of the fusion, []; not part of the pack, since it moves while training.
 
         Raises:
             OverflowError: a packed weight is not representable in the parameters' dtype.
@@ -86,15 +85,15 @@ class Pack:
             self._state, self._is_lent = state, False
         # a recorded forward may keep the pack for its backward: the next refresh leaves it alone
         self._is_lent |= torch.is_grad_enabled()
-        return self._weights._replace(temperature=scaled(temperature, self._weights.temperature))
+        return self._weights
 
-    def _refreshed(self, sources: list[Tensor]) -> PackedWeights:
+    def _refreshed(self, sources: list[Tensor]) -> Weights:
         high = sources[0].dtype in (torch.float32, torch.float64)
         precise = torch.float64 if high else torch.float32
         # a pack made in inference mode could not serve a recorded forward later
         with torch.inference_mode(False), torch.no_grad(), autocast_off(sources[0]):
             built = self._build([t.to(precise) for t in sources])
-            if self._dtype == torch.float16:
+            if self._dtype == torch.float16 and isinstance(built, PackedWeights):
                 _check_range(built)
                 built = rescaled(built)
             return _stored(built, self._dtype, into=None if self._is_lent else self._weights)
@@ -140,14 +139,17 @@ def rescaled(weights: PackedWeights) -> PackedWeights:
     )
 
 
-def _stored(built: PackedWeights, dtype: torch.dtype, into: PackedWeights | None) -> PackedWeights:
-    """The pack in the model's dtype: in the buffers of `into` where they fit, else in new ones.
+_STACKS = {
+    # `w_score` right behind `w_down`: one product serves both where query and input are one
+    PackedWeights: (("w_down", "w_score"), ("b_down", "b_score"), ("w_out",)),
+    GroupedWeights: (("w_in",), ("b_in",), ("w_out",)),
+}
 
-    `w_score` lies right behind `w_down`: one product serves both where query and input are one.
-    """
-    stacks = [("w_down", "w_score"), ("b_down", "b_score"), ("w_out",)]
+
+def _stored(built: Weights, dtype: torch.dtype, into: Weights | None) -> Weights:
+    """The pack in the model's dtype: in the buffers of `into` where they fit, else in new ones."""
     stored = {}
-    for names in stacks:
+    for names in _STACKS[type(built)]:
         parts = [getattr(built, name) for name in names if getattr(built, name) is not None]
         old = None if into is None else getattr(into, names[0])
         rows = sum(part.shape[0] for part in parts)

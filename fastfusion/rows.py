@@ -15,7 +15,7 @@ from .composition import (
     Setup,
     parse_composition,
 )
-from .lowering import Plan, lower
+from .lowering import Plan, lower, lower_rows
 
 BASE = "__base__"
 """In place of an adapter's name: a row without adapters."""
@@ -148,7 +148,12 @@ def needed(setup: AdapterCompositionBlock | None) -> Plan:
     return lower(setup, lambda name: True)
 
 
-def check_sizes(setup: AdapterCompositionBlock | None, shape: Shape | None) -> None:
-    """Raise a ValueError unless a batch has the sizes that a setup asks for."""
-    if setup is not None and shape is not None:
-        needed(setup).check(*shape)
+def needed_rows(setups: Sequence[AdapterCompositionBlock | None]) -> Plan:
+    """The same for one of several setups in each row."""
+    return lower_rows(setups, lambda name: True)
+
+
+def check_sizes(plan: Plan, shape: Shape | None) -> None:
+    """Raise a ValueError unless a batch has the sizes that a plan asks for."""
+    if shape is not None:
+        plan.check(*shape)

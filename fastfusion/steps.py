@@ -1,7 +1,7 @@
 """The stages of a plan with the modules that they name: what runs on one lane's hidden states."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,11 @@ class State(NamedTuple):
     """[B, S, H], of the last pre step."""
 
 
-RunPlan = Callable[[State, Around], Tensor]
-"""Runs a plan of its own on a state: an Average's child."""
+class InnerPlan(Protocol):
+    """A plan inside a stage: an Average's child."""
+
+    def run(self, state: State, around: Around, is_inner: bool) -> Tensor:
+        """What leaves its lanes."""
 
 
 class Step:
@@ -56,7 +59,7 @@ class Step:
         mixture: Mixture | None,
         pre: Sequence[Adapter],
         before: Sequence["list[Step] | None"] = (),
-        plans: Sequence[RunPlan] = (),
+        plans: Sequence[InnerPlan] = (),
     ):
         self.stage = stage
         self.mixture = mixture
@@ -66,8 +69,22 @@ class Step:
 
     def run(self, state: State, around: Around) -> State:
         """The state behind the stage."""
+        state, query = self.run_pre(state, around)
         mixture = self.mixture
-        fusion = None if mixture is None else mixture.fusion
+        if mixture is None:
+            outputs = [plan.run(state, around, is_inner=True) for plan in self.plans]
+            hidden = _weighted_sum(outputs, self.stage.weights)
+        elif mixture.fusion is not None:
+            hidden = self._run_fusion(state, query, around)
+        elif self.stage.weights is not None:
+            hidden = self._run_average(state, around)
+        else:
+            hidden = self._run_single(mixture.adapters[0], state, around)
+        return State(hidden, state.residual)
+
+    def run_pre(self, state: State, around: Around) -> tuple[State, Tensor]:
+        """The state behind the pre steps, and the query of a fusion."""
+        fusion = None if self.mixture is None else self.mixture.fusion
         query = state.hidden
         for i, adapter in enumerate(self.pre):
             is_last = i == len(self.pre) - 1
@@ -76,16 +93,7 @@ class Step:
                 fusion.config if fusion is not None and is_last else None,
             )  # fmt: skip
             state = State(hidden, residual)
-        if mixture is None:
-            outputs = [plan(state, around) for plan in self.plans]
-            hidden = _weighted_sum(outputs, self.stage.weights)
-        elif fusion is not None:
-            hidden = self._run_fusion(state, query, around)
-        elif self.stage.weights is not None:
-            hidden = self._run_average(state, around)
-        else:
-            hidden = self._run_single(mixture.adapters[0], state, around)
-        return State(hidden, state.residual)
+        return state, query
 
     def is_one_mixture(self) -> bool:
         """Whether the packed weights hold all that the stage computes behind its pre steps."""
@@ -123,9 +131,7 @@ class Step:
         if around.is_literal or not self.is_one_mixture() or len(inputs) > 1:
             outputs = [self._run_single(adapter, state, around) for adapter in adapters]
             return _weighted_sum(outputs, weights)
-        share = sum(
-            w for w, a in zip(weights, adapters, strict=True) if not a.config["is_parallel"]
-        )
+        share = self.mixture.residual_share
         residual = None if share == 0.0 else state.residual
         if residual is not None and share != 1.0:
             residual = share * residual

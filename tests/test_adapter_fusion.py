@@ -76,7 +76,7 @@ def literal(x, query, residual, weights, mask=None, score_offset=None):
             scores.append((z * t).sum(-1) + c)
         start += size
     if weights.w_score is None:
-        p, out = None, values[0]
+        p, out = None, sum(values)
     else:
         scores = torch.stack(scores, -1)
         scores = scores if score_offset is None else scores + score_offset[:, None]
@@ -134,6 +134,8 @@ CASES = {
     "padding-rows": Case(sizes=(5, 1, 16), padding=7, mask=True),
     "one-adapter": Case(sizes=(6,), mask=True),
     "single": Case(sizes=(24,), score=False),
+    "sum": Case(sizes=(5, 16, 3), score=False, activations=("gelu", "relu", "gelu")),
+    "sum-inputs": Case(sizes=(5, 16), score=False, inputs=2),
     "single-bare": Case(sizes=(1,), score=False, residual=False, padding=6),
     "d-1": Case(sizes=(1, 1, 1, 1)),
     "sixteen": Case(sizes=(3,) * 16, mask=True),

@@ -74,27 +74,31 @@ def everywhere(_):
     return True
 
 
+def stages_of(setup, present=everywhere):
+    (lane,) = lower(setup, present).lanes
+    return lane.stages
+
+
 def test_lowering():
-    stages = lower(Stack("a", Fuse("b", Stack("c", "d")), "e"), everywhere)
-    assert stages == (
-        Stage((Branch("a"),)),
-        Stage((Branch("b"), Branch("d", before=("c",))), fusion="b,d"),
-        Stage((Branch("e"),)),
+    assert stages_of(Stack("a", Fuse("b", Stack("c", "d")), "e")) == (
+        Stage((Branch("a"),), pre=("a",)),
+        Stage((Branch("b"), Branch("d", before=("c",))), fusion="b,d", pre=("d",)),
+        Stage((Branch("e"),), pre=("e",)),
     )
-    assert lower(Fuse("a", "b", name="n"), everywhere) == (
-        Stage((Branch("a"), Branch("b")), fusion="n"),
+    assert stages_of(Fuse("a", "b", name="n")) == (
+        Stage((Branch("a"), Branch("b")), fusion="n", pre=("b",)),
     )
-    assert lower(None, everywhere) == ()
+    assert stages_of(None) == ()
 
 
 def test_lowering_leaves_out_what_is_absent():
     present = {"a", "c", "d"}.__contains__
-    assert lower(Stack("a", "b"), present) == (Stage.single("a"),)
-    assert lower(Fuse("a", "b", "c"), present) == (
-        Stage((Branch("a"), Branch("c")), fusion="a,b,c"),
+    assert stages_of(Stack("a", "b"), present) == (Stage((Branch("a"),), pre=("a",)),)
+    assert stages_of(Fuse("a", "b", "c"), present) == (
+        Stage((Branch("a"), Branch("c")), fusion="a,b,c", pre=("c",)),
     )
     # a child Stack whose last adapter is absent ends with the one before it
-    assert lower(Fuse(Stack("a", "b"), Stack("d", "c")), present) == (
-        Stage((Branch("a", before=()), Branch("c", before=("d",))), fusion="b,c"),
+    assert stages_of(Fuse(Stack("a", "b"), Stack("d", "c")), present) == (
+        Stage((Branch("a", before=()), Branch("c", before=("d",))), fusion="b,c", pre=("c",)),
     )
-    assert lower(Stack("b", Fuse("b", Stack("e"))), present) == ()
+    assert stages_of(Stack("b", Fuse("b", Stack("e"))), present) == ()

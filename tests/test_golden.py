@@ -1,5 +1,6 @@
 """Parity with `adapters` 1.3.0: what it computed and saved, within 1e-5 on every backend."""
 
+import collections
 import json
 import os
 import zlib
@@ -57,10 +58,8 @@ def test_case(case: Case, backend: str | None):
 
 
 def test_no_case_is_left_out():
-    """118 cases of the eight groups have classification heads or none: what is hidden shows."""
-    counts = {group: 0 for group in golden_cases.GROUPS}
-    for case in golden_cases.cases():
-        counts[case.group] += 1
+    """118 cases of the eight groups run without raising there: a filter that hides some shows."""
+    counts = collections.Counter(case.group for case in golden_cases.cases())
     assert counts == {
         "bert-seq_bn": 35,
         "bert-double": 9,

@@ -188,7 +188,7 @@ def test_absent_adapters_are_left_out(form):
     layer = make_layer([{}, {}, {}], "dynamic")
     del layer.adapters["b"]
     layer.activate(layer.lower(layer.settings.config.active_setup, ()))
-    assert len(layer.steps[0].mixture.adapters) == 2
+    assert len(layer.plan.lanes[0].steps[0].mixture.adapters) == 2
     check(layer)
 
 

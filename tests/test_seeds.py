@@ -16,6 +16,7 @@ from transformers import (
     set_seed,
 )
 
+import fastfusion.composition as ac
 from fastfusion import AdapterTrainer, AutoAdapterModel, BertAdapterModel, Fuse
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -53,9 +54,10 @@ def test_fusion_notebook(tmp_path, monkeypatch):
     assert torch.equal(*states)
 
 
-def quick_start_model():
+def quick_start_model(**kwargs):
     set_seed(0)
-    return AutoAdapterModel.from_config(BertConfig(**{**SIZES, "num_hidden_layers": 4}))
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 4, **kwargs})
+    return AutoAdapterModel.from_config(config)
 
 
 def make_rows() -> list[dict]:
@@ -132,6 +134,45 @@ def test_adapter_drop_callback(tmp_path):
         assert not torch.equal(model(batch).logits, without)
         model.set_active_adapters(None)
         assert torch.equal(model(batch).logits, without)
+
+
+def test_every_block_of_the_composition_page():
+    """Each example computes what the literal formulas do."""
+    model = quick_start_model(max_position_embeddings=80)
+    for name in "abcdefghikl":
+        model.add_adapter(name)
+    model.add_adapter_fusion(["d", "e", "f"])
+    for name, parameter in model.named_parameters():
+        if "adapter" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.double().eval()
+    input_ids = torch.randint(5, 50, (5, 70))
+    setups = [
+        "a",
+        ac.Stack("a", "b", "c"),
+        ac.Fuse("d", "e", "f"),
+        ac.Split("g", "h", split_index=64),
+        ac.BatchSplit("i", "k", "l", batch_sizes=[2, 1, 2]),
+        ac.Parallel("a", "b"),
+        ac.Stack("a", ac.Split("b", "c", split_index=60)),
+    ]
+    outputs = []
+    for setup in setups:
+        model.active_adapters = setup
+        with torch.no_grad():
+            outputs.append(model(input_ids).last_hidden_state)
+            model.set_backend("reference")
+            expected = model(input_ids).last_hidden_state
+            model.set_backend(None)
+        torch.testing.assert_close(outputs[-1], expected, rtol=1e-9, atol=1e-9)
+    for i, output in enumerate(outputs):
+        assert not any(torch.equal(output, other) for other in outputs[:i])
+    with pytest.warns(FutureWarning):
+        model.active_adapters = ["a", "b", "c"]
+    assert model.active_adapters == ac.Stack("a", "b", "c")
+    with pytest.warns(FutureWarning):
+        model.active_adapters = [["d", "e", "f"]]
+    assert model.active_adapters == ac.Stack(ac.Fuse("d", "e", "f"))
 
 
 def test_older_names_of_the_fusion_methods():

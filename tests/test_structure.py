@@ -14,17 +14,20 @@ PACKAGE = ROOT / "fastfusion"
 
 # From the ground up; a module imports from lower levels only. A name covers its sub-modules too.
 LEVELS: list[list[str]] = [
-    ["ops.activations", "composition"],
+    ["ops.activations", "ops.weights", "composition"],
+    ["ops.routing"],
     ["ops.torch_backend", "reference", "configuration", "context", "files"],
     ["ops.cpp_backend", "kernels"],
     ["ops.backends"],
-    ["ops.adapter_fusion"],
+    ["ops.adapter_fusion", "ops.grouped"],
     ["ops"],
     ["absorb"],
     ["modules", "packing", "lowering"],
     ["mixture", "rows"],
     ["steps"],
+    ["lanes"],
     ["layer"],
+    ["explain"],
     ["heads"],
     ["serialization"],
     ["patching"],
@@ -33,6 +36,7 @@ LEVELS: list[list[str]] = [
     ["trainer", "plots"],
     [""],  # fastfusion/__init__.py
 ]
+EXTENSIONS = ("fastfusion._C", "fastfusion._C_cuda")
 IMPORTS_TRANSFORMERS = ("patching", "model", "flexible", "trainer", "heads")
 
 SOURCES = {
@@ -84,7 +88,7 @@ def imports(path: Path, module: str) -> Iterator[str]:
 
 def own_module(name: str) -> str | None:
     """The Python module of ours that an imported name is, or is defined in."""
-    if name.split(".")[0] != "fastfusion" or name == "fastfusion._C":
+    if name.split(".")[0] != "fastfusion" or name in EXTENSIONS:
         return None
     inner = name.removeprefix("fastfusion").lstrip(".")
     while inner and inner not in SOURCES:

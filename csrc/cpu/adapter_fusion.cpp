@@ -7,131 +7,43 @@
 // depends on the shapes alone, sums are taken in a fixed order and there are no atomics: the same
 // number of threads gives the same bits. With another number the BLAS may add up the weights'
 // gradients, its longest sums, in another order.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "adapter_fusion.h"
 
 #include <algorithm>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "row_passes.h"
+#include "tensors.h"
 
 namespace fastfusion::cpu {
-namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+Mixture lay_out(const int64_t* sizes, const int64_t* activations, int64_t adapters) {
+  Mixture m{};
+  m.adapters = adapters;
+  m.starts.push_back(0);
+  for (int64_t i = 0; i < adapters; ++i) {
+    const int64_t begin = m.starts.back(), code = activations[i];
+    STD_TORCH_CHECK(code >= 0 && code < kNumActivations, "activations: expected codes below ",
+                    kNumActivations, "; got ", code);
+    // the bound keeps the sum from overflowing
+    STD_TORCH_CHECK(sizes[i] >= 0 && sizes[i] <= kMaxColumns - begin,
+                    "sizes: expected none below 0 and a sum of at most ", kMaxColumns, "; got ",
+                    sizes[i]);
+    const int64_t end = begin + sizes[i];
+    m.starts.push_back(end);
+    if (m.runs.empty() || m.runs.back().activation != code) m.runs.push_back({begin, end, code});
+    m.runs.back().end = end;
+  }
+  m.columns = m.starts.back();
+  return m;
+}
+
+namespace {
 
 // Rows of one block. Every product packs its weights anew for each block, so few large blocks are
 // faster than many that fit L2: measured at T=1024, H=768 on two cores, blocks of 256 rows cost the
 // products 10 to 20 %, of 512 rows 5 %.
 constexpr int64_t kBlockRows = 1024;
-// Rows that one thread takes at a time, and whose bias gradients are summed first.
-constexpr int64_t kChunkRows = 32;
-
-// A float or BFloat16 matrix inside somebody else's memory.
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t rows, columns, row_stride, column_stride = 1;
-
-  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
-  Matrix row_range(int64_t first, int64_t count) const {
-    return {data + first * row_stride, count, columns, row_stride, column_stride};
-  }
-  Matrix column_range(int64_t first, int64_t count) const {
-    return {data + first * column_stride, rows, count, row_stride, column_stride};
-  }
-};
-
-template <typename T>
-constexpr ScalarType dtype_of() {
-  return sizeof(T) == 4 ? ScalarType::Float : ScalarType::BFloat16;
-}
-
-template <typename T>
-Tensor as_tensor(const Matrix<T>& matrix) {
-  return torch::stable::from_blob(
-      matrix.data, {matrix.rows, matrix.columns}, {matrix.row_stride, matrix.column_stride},
-      torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype_of<T>());
-}
-
-// out = a @ b, or out += a @ b
-template <typename T>
-void product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool accumulate = false) {
-  const Tensor to = as_tensor(out), left = as_tensor(a), right = as_tensor(b);
-  if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
-  }
-}
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-}
-template <typename T>
-T* data(const OptionalTensor& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <typename T>
-Matrix<T> matrix(const Tensor& tensor) {
-  return {data<T>(tensor), tensor.size(0), tensor.size(1), tensor.size(1)};
-}
-
-std::string text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
-  std::string joined;
-  for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + joined + "]";
-}
-
-// The schemas say little about shapes, and a wrong one would read somebody else's memory.
-void expect(const Tensor& tensor, const char* name, std::vector<int64_t> shape, ScalarType dtype) {
-  const bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
-                    tensor.sizes().equals(shape);
-  if (fits) return;
-  STD_TORCH_CHECK(false, name, ": expected a contiguous ", toString(dtype), " tensor ",
-                  text(shape), " on the CPU; got ", toString(tensor.scalar_type()), " ",
-                  text(tensor.sizes()));
-}
-void expect(const OptionalTensor& tensor, const char* name, std::vector<int64_t> shape,
-            ScalarType dtype) {
-  if (tensor) expect(*tensor, name, std::move(shape), dtype);
-}
-void expect_matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected two dimensions; got ",
-                  text(tensor.sizes()));
-}
-const Tensor& first_of(const std::vector<Tensor>& x) {
-  STD_TORCH_CHECK(!x.empty(), "x: expected one tensor or more; got none");
-  return x[0];
-}
-
-// `body(first, last)` over ranges of rows, on all threads when there is enough work.
-template <typename Body>
-void parallel_rows(int64_t rows, const Body& body) {
-  torch::stable::parallel_for(0, rows, kChunkRows, body);
-}
-
-// `body(chunk, first, last)` over chunks of kChunkRows rows, the last one shorter.
-template <typename Body>
-void parallel_chunks(int64_t rows, const Body& body) {
-  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      body(chunk, chunk * kChunkRows, std::min(rows, (chunk + 1) * kChunkRows));
-    }
-  });
-}
-
 // The tensors that both ops and their gradients share.
 struct Weights {
   const Tensor& w_down;
@@ -153,24 +65,8 @@ Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
   STD_TORCH_CHECK(!sizes.empty() && sizes.size() == activations.size(),
                   "expected one activation per size; got ", sizes.size(), " sizes and ",
                   activations.size(), " activations");
-  Mixture m;
-  m.columns = w.w_down.size(0);
-  m.adapters = static_cast<int64_t>(sizes.size());
-  m.starts.push_back(0);
-  for (int64_t i = 0; i < m.adapters; ++i) {
-    const int64_t begin = m.starts.back(), code = activations[i];
-    STD_TORCH_CHECK(code >= 0 && code < kNumActivations, "activations: expected codes below ",
-                    kNumActivations, "; got ", code);
-    // before the sum, which could overflow
-    STD_TORCH_CHECK(sizes[i] >= 0 && sizes[i] <= m.columns - begin,
-                    "sizes: expected none below 0 and the sum ", m.columns,
-                    " (w_down's rows); got ", text(sizes));
-    const int64_t end = begin + sizes[i];
-    m.starts.push_back(end);
-    if (m.runs.empty() || m.runs.back().activation != code) m.runs.push_back({begin, end, code});
-    m.runs.back().end = end;
-  }
-  STD_TORCH_CHECK(m.starts.back() == m.columns, "sizes: expected the sum ", m.columns,
+  Mixture m = lay_out(sizes.data(), activations.data(), static_cast<int64_t>(sizes.size()));
+  STD_TORCH_CHECK(m.columns == w.w_down.size(0), "sizes: expected the sum ", w.w_down.size(0),
                   " (w_down's rows); got ", text(sizes));
   m.scored = w.w_score.has_value();
   STD_TORCH_CHECK(m.scored == w.b_score.has_value(), "w_score and b_score: expected both or none");
@@ -323,15 +219,6 @@ void normalise(const NormRows<T>& pass, int64_t rows) {
 template <typename T>
 void normalise_backward(const NormGradRows<T>& pass, int64_t rows) {
   parallel_rows(rows, [&](int64_t begin, int64_t end) { norm_grad_rows(pass, begin, end); });
-}
-
-// Calls body.operator()<float or BFloat16>().
-template <typename Body>
-auto with_dtype(const Tensor& tensor, const Body& body) {
-  const bool single = tensor.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(single || tensor.scalar_type() == ScalarType::BFloat16,
-                  "expected float32 or bfloat16; got another dtype");
-  return single ? body.template operator()<float>() : body.template operator()<BFloat16>();
 }
 
 void expect_inputs(const Mixture& m, const std::vector<Tensor>& x, const OptionalTensor& query,
@@ -573,6 +460,8 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
   return result;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_fusion_backward(
     Tensor grad_out, std::vector<Tensor> x, OptionalTensor query, Tensor w_down, Tensor b_down,
     OptionalTensor w_score, OptionalTensor b_score, Tensor w_out, OptionalTensor temperature,
@@ -588,6 +477,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
                       r.dw_score, r.db_score, r.dw_out,  r.doffset};
   });
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_fusion_norm_backward(
     Tensor grad_out, OptionalTensor hidden, Tensor summed, Tensor pre_norm, Tensor ln_weight,

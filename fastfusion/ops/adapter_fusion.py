@@ -8,13 +8,12 @@ the backends. Weights arrive packed (`fastfusion.absorb`); the same op serves Ad
 absorbed and its factored form and, without score weights, a single adapter.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import backends
 from .activations import ACTIVATIONS
+from .weights import PackedWeights
 
 _LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
 
@@ -262,31 +261,6 @@ def _refuse_double_backward(ctx, *_):
 
 for _name in ("adapter_fusion_backward", "adapter_fusion_norm_backward"):
     torch.library.register_autograd(f"fastfusion::{_name}", _refuse_double_backward, lib=_LIBRARY)
-
-
-class PackedWeights(NamedTuple):
-    """A mixture's weights as the ops take them; `D = sum(sizes)`, `N = len(sizes)`.
-
-    `w_score` and `w_out` may have rows beyond `D + N`, zero in `w_out`: widths that are a multiple
-    of eight are faster.
-    """
-
-    w_down: Tensor
-    """[D, H]: the adapters' down-projections, one below the other."""
-    b_down: Tensor
-    """[D]"""
-    w_score: Tensor | None
-    """[D + N, H]: M_1 .. M_N, then C. None: every adapter has weight 1."""
-    b_score: Tensor | None
-    """[D + N]: m_1 .. m_N, then c."""
-    w_out: Tensor
-    """[D + N, H]: V_1^T .. V_N^T, then v."""
-    temperature: Tensor | None
-    """[]: what the scores are divided by; None is 1."""
-    sizes: list[int]
-    """The bottleneck sizes d_i."""
-    activations: list[int]
-    """One code of `fastfusion.ops.activations` per adapter."""
 
 
 def adapter_fusion(

@@ -5,14 +5,11 @@ import importlib
 import logging
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .activations import ACTIVATIONS, NATIVE_ACTIVATIONS
-
-if TYPE_CHECKING:
-    from .adapter_fusion import PackedWeights
+from .weights import GroupedWeights, PackedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +45,15 @@ def check_name(backend: str | None) -> None:
         raise ValueError(f"backend: expected None or one of {BACKENDS}; got {backend!r}")
 
 
-def _refusal(backend: str, x: Tensor, weights: "PackedWeights") -> str | None:
+def _refusal(backend: str, x: Tensor, weights: PackedWeights | GroupedWeights) -> str | None:
     """Why a backend other than `torch` cannot run this call, or None."""
     if reason := missing(backend):
         return reason
     for code in weights.activations:
         if code >= NATIVE_ACTIVATIONS:
             return f"it has no {ACTIVATIONS[code].name}"
+    if isinstance(weights, GroupedWeights) and backend == "triton":
+        return "it has no kernel for groups of rows"
     return load(backend).refusal(x, weights)
 
 
@@ -69,7 +68,7 @@ def _note(preferred: str, reason: str) -> None:
     logger.debug("the torch backend runs what %s cannot: %s", preferred, reason)
 
 
-def choose(backend: str | None, x: Tensor, weights: "PackedWeights") -> str:
+def choose(backend: str | None, x: Tensor, weights: PackedWeights | GroupedWeights) -> str:
     """The backend to run with.
 
     Raises:

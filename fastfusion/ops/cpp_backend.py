@@ -8,10 +8,12 @@ where PyTorch's bf16 products would be several times slower than its fp32 ones.
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .routing import routing_tables
+from .weights import GroupedWeights, PackedWeights
 
 try:
     import fastfusion._C  # noqa: F401  registers torch.ops.fastfusion.*_cpu
@@ -21,21 +23,19 @@ except ImportError as error:
         f"installed (torch is {torch.__version__}; {error})"
     ) from error
 
-if TYPE_CHECKING:
-    from .adapter_fusion import PackedWeights
-
 _OPS = torch.ops.fastfusion
 
 
-def refusal(x: Tensor, weights: "PackedWeights") -> str | None:
+def refusal(x: Tensor, weights: PackedWeights | GroupedWeights) -> str | None:
     """Why this backend cannot run a mixture of this input and these weights, or None."""
     if x.device.type != "cpu":
         return f"it needs tensors on the CPU; got {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it needs float32 or bfloat16; got {x.dtype}"
-    for name in ("w_down", "b_down", "w_score", "b_score", "w_out"):
-        weight = getattr(weights, name)
-        if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
+    for name, weight in weights._asdict().items():
+        if not isinstance(weight, Tensor) or name == "temperature":
+            continue
+        if weight.dtype != x.dtype or weight.device != x.device:
             return (
                 f"it needs {name} like the input ({x.dtype} on {x.device}); "
                 f"got {weight.dtype} on {weight.device}"
@@ -213,6 +213,77 @@ def adapter_fusion_norm_backward(
         _as(p, torch.float32),
         sizes,
         activations,
+        *needs,
+    )
+    return tuple(gradient.to(grad_out.dtype) for gradient in gradients)
+
+
+def _block_rows(rows: int) -> int:
+    """Rows of one block: its products run on one thread, so that blocks must be enough for all."""
+    return max(32, min(256, rows // 16))
+
+
+def adapter_fusion_grouped(
+    x: Tensor,
+    residual: Tensor | None,
+    groups: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    mask: Tensor | None,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+    counts: Sequence[int],
+    scored: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """See `fastfusion.ops.adapter_fusion_grouped`."""
+    dtype, single = _compute_dtype(x.dtype), torch.float32
+    out, p = _OPS.adapter_fusion_grouped_cpu(
+        _as(x, dtype),
+        _as(residual, dtype),
+        *routing_tables(groups, len(counts), _block_rows(len(x))),
+        _as(w_in, dtype),
+        _as(b_in, single),
+        _as(w_out, dtype),
+        _as(mask, single),
+        sizes,
+        activations,
+        counts,
+        scored,
+    )
+    return out.to(x.dtype), p
+
+
+def adapter_fusion_grouped_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    groups: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    mask: Tensor | None,
+    p: Tensor,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+    counts: Sequence[int],
+    scored: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `torch_backend.adapter_fusion_grouped_backward`."""
+    dtype, single = _compute_dtype(x.dtype), torch.float32
+    gradients = _OPS.adapter_fusion_grouped_backward_cpu(
+        _as(grad_out, dtype),
+        _as(x, dtype),
+        *routing_tables(groups, len(counts), _block_rows(len(x))),
+        _as(w_in, dtype),
+        _as(b_in, single),
+        _as(w_out, dtype),
+        _as(mask, single),
+        _as(p, single),
+        sizes,
+        activations,
+        counts,
+        scored,
         *needs,
     )
     return tuple(gradient.to(grad_out.dtype) for gradient in gradients)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .routing import routing_tables
+from .weights import group_weights, layouts, max_scored
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -262,3 +264,90 @@ def adapter_fusion_norm_backward(
     elif needs_x:
         dhidden, dinput = grad + dx[0], grad
     return dhidden, dinput, *dweights
+
+
+def _rows_of(groups: Tensor, count: int) -> list[Tensor]:
+    """The row numbers of each group; waits for their device."""
+    order, offsets, _ = routing_tables(groups, count, 1)
+    return list(order.split(offsets.diff().tolist()))[:count]
+
+
+def adapter_fusion_grouped(
+    x: Tensor,
+    residual: Tensor | None,
+    groups: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    mask: Tensor | None,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+    counts: Sequence[int],
+    scored: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """See `fastfusion.ops.adapter_fusion_grouped`: one call of `adapter_fusion` for each group."""
+    out = torch.zeros_like(x) if residual is None else residual.clone()
+    p = x.new_zeros(x.shape[0], max_scored(counts, scored), dtype=_accumulate_dtype(x.dtype))
+    parts = layouts(sizes, counts, scored)
+    for part, rows in zip(parts, _rows_of(groups, len(counts)), strict=True):
+        weights = group_weights(part, w_in, b_in, w_out, sizes, activations)
+        count = len(weights.sizes)
+        own = None if residual is None else residual[rows]
+        own_mask = None if mask is None or part.score is None else mask[rows, :count]
+        own_out, own_p = adapter_fusion(
+            [x[rows]], None, own, *weights[:6], own_mask, None, *weights[6:]
+        )
+        out[rows] = own_out
+        if part.score is not None:
+            p[rows, :count] = own_p
+    return out, p
+
+
+def adapter_fusion_grouped_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    groups: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    mask: Tensor | None,
+    p: Tensor,
+    sizes: Sequence[int],
+    activations: Sequence[int],
+    counts: Sequence[int],
+    scored: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by `adapter_fusion_backward` for each group.
+
+    Args:
+        needs: which of (x, w_in and b_in, w_out).
+
+    Returns:
+        dx, dw_in, db_in, dw_out; an empty tensor for each that is not needed.
+    """
+    needs_x, needs_in, needs_out = needs
+    wanted = [(x, needs_x), (w_in, needs_in), (b_in, needs_in), (w_out, needs_out)]
+    dx, dw_in, db_in, dw_out = (
+        torch.zeros_like(t) if need else grad_out.new_empty(0) for t, need in wanted
+    )
+    parts = layouts(sizes, counts, scored)
+    for part, rows in zip(parts, _rows_of(groups, len(counts)), strict=True):
+        weights = group_weights(part, w_in, b_in, w_out, sizes, activations)
+        count = len(weights.sizes)
+        is_scored = part.score is not None
+        own_mask = mask[rows, :count] if mask is not None and is_scored else None
+        own_p = p[rows, :count] if is_scored else p.new_empty(0)
+        own_dx, _, dw_down, db_down, dw_score, db_score, own_dw_out, _ = adapter_fusion_backward(
+            grad_out[rows], [x[rows]], None, *weights[:6], own_mask, own_p, *weights[6:],
+            [needs_x, False, needs_in, needs_in and is_scored, needs_out, False],
+        )  # fmt: skip
+        if needs_x:
+            dx[rows] = own_dx[0]
+        if needs_in:
+            dw_in[part.down], db_in[part.down] = dw_down, db_down
+            if is_scored:
+                dw_in[part.score], db_in[part.score] = dw_score, db_score
+        if needs_out:
+            dw_out[part.out] = own_dw_out
+    return dx, dw_in, db_in, dw_out

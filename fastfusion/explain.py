@@ -1,0 +1,112 @@
+"""What a setup becomes, in words: the lanes and stages of every place, their cost and their way."""
+
+import itertools
+from collections.abc import Sequence
+
+from .lanes import BoundLane, BoundPlan
+from .layer import AdapterLayer
+from .lowering import Interval, Stage
+from .steps import Step
+
+
+class AdapterPlan:
+    """The plans of a model's places.
+
+    Args:
+        setup: what they were made of, as a text.
+        places: the places and their plans, first layer first.
+        hidden_size: H.
+    """
+
+    def __init__(
+        self, setup: str, places: Sequence[tuple[AdapterLayer, BoundPlan]], hidden_size: int
+    ):
+        self.setup = setup
+        self.places = list(places)
+        self.hidden_size = hidden_size
+
+    def __repr__(self) -> str:
+        return self.explain()
+
+    def explain(self) -> str:
+        """The plans as a text: places with the same plan once.
+
+        Returns:
+            For each plan its lanes (rows, tokens, stages with the multiply-adds of their products a
+            token, twice that in flops) and how it runs: in one call of the op per stage, or lane by
+            lane and why.
+        """
+        texts: dict[str, list[AdapterLayer]] = {}
+        for layer, plan in self.places:
+            texts.setdefault(self._plan(plan), []).append(layer)
+        lines = [f"setup: {self.setup}"]
+        for text, layers in texts.items():
+            lines += [f"{_places(layers)}: {text}"]
+        return "\n".join(lines)
+
+    def _plan(self, plan: BoundPlan) -> str:
+        if not any(lane.steps for lane in plan.lanes):
+            return "no adapters"
+        if plan.plan.is_whole:
+            return f"one lane\n{self._lane(plan.lanes[0])}"
+        if plan.obstacle is None:
+            way = "one call of the op per stage"
+        else:
+            way = f"lane by lane, because of {plan.obstacle}"
+        lanes = "\n".join(self._lane(lane) for lane in plan.lanes)
+        return f"{len(plan.lanes)} lanes, {way}\n{lanes}"
+
+    def _lane(self, lane: BoundLane) -> str:
+        region = lane.region
+        parts = [
+            "" if region.task is None else f"rows numbered {region.task}",
+            "" if region.channel is None else f"copy {region.channel} of the batch",
+            "" if region.rows == (0, None) else f"rows {_interval(region.rows)}",
+            "" if region.tokens == (0, None) else f"tokens {_interval(region.tokens)}",
+        ]
+        where = ", ".join(filter(None, parts)) or "all rows and tokens"
+        return f"  {where}: " + (" -> ".join(map(self._step, lane.steps)) or "as without adapters")
+
+    def _step(self, step: Step) -> str:
+        if step.mixture is None:
+            children = [
+                " and ".join(" -> ".join(map(self._step, lane.steps)) for lane in plan.lanes)
+                for plan in step.plans
+            ]
+            return f"average of [{'; '.join(children)}]"
+        columns = sum(adapter.bottleneck_size for adapter in step.mixture.adapters)
+        # down and up, and with attention the scores' product
+        products = 2 if step.stage.fusion is None else 3
+        cost = products * columns * self.hidden_size
+        return f"{_stage(step.stage)} [{columns} columns, {cost / 1e3:.0f} k multiply-adds]"
+
+
+def _stage(stage: Stage) -> str:
+    names = []
+    for branch in stage.branches:
+        before = "".join(f"{name} -> " for name in branch.before or ())
+        names.append(before + branch.adapter)
+    if stage.fusion is not None:
+        return f"attention {stage.fusion!r} over {', '.join(names)}"
+    if stage.weights is not None:
+        pairs = zip(stage.weights, names, strict=True)
+        return " + ".join(f"{weight:.3g} {name}" for weight, name in pairs)
+    return names[0]
+
+
+def _interval(interval: Interval) -> str:
+    start, end = interval
+    return f"from {start}" if end is None else f"{start} to {end - 1}"
+
+
+def _places(layers: Sequence[AdapterLayer]) -> str:
+    """Layers as ranges, by location."""
+    texts = []
+    for location in dict.fromkeys(layer.location for layer in layers):
+        numbers = [layer.layer_idx for layer in layers if layer.location == location]
+        ranges = []
+        for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+            own = [number for _, number in run]
+            ranges.append(str(own[0]) if len(own) == 1 else f"{own[0]}-{own[-1]}")
+        texts.append(f"layers {', '.join(ranges)}, {location}")
+    return "; ".join(texts)
