@@ -289,6 +289,8 @@ class Average(AdapterCompositionBlock):
         if "peer_scaling" not in data:
             _note_peer_scaling()
         arguments = {"peer_scaling": data.get("peer_scaling", True), **data.get("kwargs", {})}
+        # those in a file were divided where they were to be
+        arguments = {"normalize_weights": False, **arguments}
         return super()._from_data(children, {"kwargs": arguments})
 
 

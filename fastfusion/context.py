@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .composition import AdapterCompositionBlock, Setup, parse_composition
+from .composition import AdapterCompositionBlock, BatchSplit, Setup, parse_composition
 
 _local = threading.local()
 
@@ -21,19 +21,20 @@ class AdapterSetup:
 
     Args:
         adapter_setup: as for `set_active_adapters`; None runs the model without adapters.
-        head_setup: the head to use; None: that of the setup's last adapter where there is one, as
-            `set_active_adapters` chooses it.
+        head_setup: the head to use, or several, as `active_head` takes them; None: those that the
+            setup brings along, as `set_active_adapters` chooses them.
         skip_layers: numbers of layers that run without adapters; None: those of
             `set_active_adapters`.
 
     Raises:
-        ValueError: at the call of the model, for a name that the model does not have.
+        ValueError: at the call of the model, for a name that the model does not have, and for a
+            Parallel or BatchSplit some of whose children have heads of their names and some not.
     """
 
     def __init__(
         self,
         adapter_setup: Setup | None,
-        head_setup: str | None = None,
+        head_setup: str | Sequence[str] | BatchSplit | None = None,
         skip_layers: Sequence[int] | None = None,
     ):
         self.adapter_setup: AdapterCompositionBlock | None = parse_composition(adapter_setup)
@@ -61,8 +62,8 @@ class AdapterSetup:
         return None if context is None else context.adapter_setup
 
     @classmethod
-    def get_context_head_setup(cls) -> str | None:
-        """The head that this thread's innermost block asks for, or None."""
+    def get_context_head_setup(cls) -> str | Sequence[str] | BatchSplit | None:
+        """The head, or heads, that this thread's innermost block asks for, or None."""
         context = cls.get_context()
         return None if context is None else context.head_setup
 

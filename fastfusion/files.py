@@ -12,8 +12,9 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ FUSION_FILES = FileNames(
     "pytorch_model_adapter_fusion.bin",
 )
 HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+SETUP_FILE = "adapter_setup.json"
+"""Beside the directories of a setup's adapters, fusions and heads."""
 
 _WRITE_ID = "fastfusion_write_id"
 """A key of the written configuration alone, with another value at every write."""
@@ -68,9 +71,7 @@ def write_files(
     Raises:
         NotADirectoryError: `directory` is something else.
     """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{argument}: expected a directory; {str(directory)!r} is a file")
+    directory = checked_target(directory, argument)
     copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     if use_safetensors:
         payload = safetensors.torch.save(copies, metadata={"format": "pt"})
@@ -78,9 +79,7 @@ def write_files(
         buffer = io.BytesIO()
         torch.save(copies, buffer)
         payload = buffer.getvalue()
-    # weights that wait for this file must not count for an older one that says the same
-    text = json.dumps({**config, _WRITE_ID: uuid.uuid4().hex}, indent=2, sort_keys=True).encode()
-
+    text = _with_write_id(config)
     directory.mkdir(parents=True, exist_ok=True)
     config_path = directory / files.config
     weights_path = directory / (files.safetensors if use_safetensors else files.pickle)
@@ -108,6 +107,91 @@ def write_files(
                 _sync(directory)
                 os.replace(pending, weights_path)
     _sync(directory)
+
+
+def write_with_parts(
+    directory: str | os.PathLike,
+    name: str,
+    config: Mapping[str, Any],
+    write_parts: Callable[[Path], None],
+    argument: str = "directory",
+) -> None:
+    """Write a configuration and the files that belong to it, at any depth, into a directory.
+
+    All of it replaces what was there, as in `write_files`: should it be interrupted,
+    `read_with_parts` finds the older files or the new ones, whole.
+
+    Args:
+        directory: where to.
+        name: the configuration's file.
+        config: what json can write.
+        write_parts: writes the other files into a directory, twice: into a hidden one, which counts
+            from the moment that the configuration is there, and then into their places.
+        argument: as in `write_files`.
+
+    Raises:
+        NotADirectoryError: `directory` is something else.
+    """
+    directory = checked_target(directory, argument)
+    text = _with_write_id(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / name
+    pending = _pending_path(path, text)
+    superseded = _pending_path(path, path.read_bytes()) if path.exists() else None
+    with _temporary(path, text) as file:
+        try:
+            write_parts(pending)
+            _sync(pending)
+            _sync(directory)
+            os.replace(file, path)  # from here on the new files count
+        finally:
+            if file.exists():
+                shutil.rmtree(pending, ignore_errors=True)
+    _sync(directory)
+    if superseded is not None:
+        shutil.rmtree(superseded, ignore_errors=True)
+    write_parts(directory)
+    _sync(directory)
+    # gone in one step: half of it would count for the whole
+    done = pending.with_name(f"{pending.name}.tmp")
+    os.replace(pending, done)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+def read_with_parts(
+    directory: str | os.PathLike, name: str, argument: str = "directory"
+) -> tuple[dict[str, Any], Path]:
+    """Read the configuration that `write_with_parts` wrote.
+
+    Args:
+        directory, name, argument: as there.
+
+    Returns:
+        The configuration, and the directory where the other files are.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, NotImplementedError, ValueError: as in `read_files`.
+    """
+    directory = _existing_directory(directory, argument)
+    config, data = _read_config(directory, name, argument)
+    pending = _pending_path(directory / name, data)
+    if not pending.is_dir():
+        return config, directory
+    logger.warning("%s: a write was interrupted; reading %s", directory, pending.name)
+    return config, pending
+
+
+def checked_target(directory: str | os.PathLike, argument: str) -> Path:
+    """A directory to write into; raises a NotADirectoryError where there is something else."""
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{argument}: expected a directory; {str(directory)!r} is a file")
+    return directory
+
+
+def _with_write_id(config: Mapping[str, Any]) -> bytes:
+    # what waits for this file must not count for an older one that says the same
+    return json.dumps({**config, _WRITE_ID: uuid.uuid4().hex}, indent=2, sort_keys=True).encode()
 
 
 @contextlib.contextmanager
@@ -165,18 +249,7 @@ def read_files(
         ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
     """
     directory = _existing_directory(directory, argument)
-    config_path = directory / files.config
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{argument}: no {files.config} in {str(directory)!r}")
-    data = config_path.read_bytes()
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_path}: not a JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: expected a JSON object; got {type(config).__name__}")
-
-    config.pop(_WRITE_ID, None)
+    config, data = _read_config(directory, files.config, argument)
     weights = {name: directory / name for name in files[1:]}
     pending = {name: _pending_path(path, data) for name, path in weights.items()}
     for name, path in pending.items():
@@ -192,6 +265,22 @@ def read_files(
         if weights[name].is_file():
             return config, _read_tensors(weights[name], name == files.pickle)
     raise FileNotFoundError(f"{argument}: no {' or '.join(names)} in {str(directory)!r}")
+
+
+def _read_config(directory: Path, name: str, argument: str) -> tuple[dict[str, Any], bytes]:
+    """A configuration and the bytes that it was read from."""
+    path = directory / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: no {name} in {str(directory)!r}")
+    data = path.read_bytes()
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object; got {type(config).__name__}")
+    config.pop(_WRITE_ID, None)
+    return config, data
 
 
 def _existing_directory(directory: str | os.PathLike, argument: str) -> Path:

@@ -7,6 +7,7 @@ fastfusion imports no model code of transformers.
 import copy
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import ModelOutput
 
-from .composition import AdapterCompositionBlock, Stack
+from .composition import BatchSplit, MultiTask, Parallel, Setup, Stack
 from .configuration import ModelAdaptersConfig
-from .context import AdapterSetup
-from .heads import FlexibleHeadsMixin
+from .context import AdapterSetup, ForwardContext
+from .heads import FlexibleHeadsMixin, HeadRows, Heads, consecutive_rows, head_names
 from .model import ModelAdaptersMixin, init
 from .patching import ARCHITECTURES, architecture_of
+from .rows import BASE, input_shape
 
 
 class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
@@ -48,29 +50,48 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        head: str | None = None,
+        head: Heads | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple:
-        """The base model's output through a head.
+        """The base model's output through a head, or through several.
+
+        Semantics of several heads, with B rows in the batch::
+
+            outputs = [heads[i](hidden[rows[i]], labels[rows[i]]) for i in range(len(heads))]
+            loss = sum(output.loss for output in outputs)
+
+        Under a Parallel of C channels head i has the i-th B of the C * B rows that come out, and
+        all labels; under a BatchSplit it has the rows of its child. With `adapter_names`,
+        `adapter_ids` or the `task_ids` of a MultiTask, each row goes through the head of its
+        setup's last adapter; a setup without a head of its own, such as a Fuse or "__base__", has
+        the active one. Without a Parallel, each of a list of active heads reads all rows; there is
+        no common loss then.
 
         Args:
             input_ids: [B, S], integers; or `inputs_embeds` [B, S, H].
             attention_mask: [B, S], 1 for tokens and 0 for padding.
             token_type_ids, position_ids: [B, S], where the architecture has them.
-            head: a head's name; None for that of an `AdapterSetup`, else the active one.
+            head: a head's name, for all rows of all channels, or several as `active_head` takes
+                them; None for those of an `AdapterSetup`, else of the rows, else the active ones.
             labels: [B]; the output then has a loss.
-            return_dict: an output object, or a tuple.
-            kwargs: further arguments of the base model, and `output_adapter_fusion_attentions`,
-                `output_adapter_gating_scores`: what `fastfusion.context.ForwardContext` lists.
+            return_dict: an output object, or a tuple; of several heads, a tuple for each.
+            kwargs: further arguments of the base model; `output_adapter_fusion_attentions`,
+                `output_adapter_gating_scores`: what `fastfusion.context.ForwardContext` lists; one
+                of `adapter_names`, `adapter_ids`, `task_ids`: each row's setup.
 
         Returns:
-            The head's output, or the base model's where no head is active.
+            The head's output, or the base model's where no head is active. Of several heads a
+            `MultiHeadOutput`. So too where rows have setups of their own, even if all end in one
+            head: an entry for each head, in the order of its first row; with `adapter_ids` for each
+            head that a setup in `routing`'s table has, in that order, with rows or without. A
+            MultiTask whose children have no heads goes through the active one, like other blocks.
 
         Raises:
-            ValueError: there is no such head, or an `AdapterSetup` names an adapter or fusion that
-                the model does not have.
+            ValueError: there is no such head, a channel or row has none, the batch has not the size
+                that a BatchSplit needs, or an `AdapterSetup` or a row names an adapter or fusion
+                that the model does not have; before the base model runs.
         """
         inputs = {
             "input_ids": input_ids,
@@ -82,32 +103,129 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if return_dict is None:
             return_dict = self.config.return_dict
-        head = head or self._context_head()
-        arguments = {} if labels is None else {"labels": labels}
+        batch_size, _ = input_shape((), inputs) or (0, 0)
+        has_table = kwargs.get("adapter_ids") is not None
 
         def run(**kwargs: Any) -> ModelOutput | tuple:
-            outputs = self.base_model(**inputs, return_dict=True, **kwargs)
-            if head is None and self.active_head is None:
+            heads, size = self._heads_and_rows(head, batch_size, has_table)
+            if isinstance(heads, list):
+                _check_labels(labels, batch_size)
+            outputs = self.base_model(return_dict=True, **kwargs)
+            if heads is None:
                 return outputs if return_dict else outputs.to_tuple()
-            return self.forward_head(
-                outputs,
-                head_name=head,
-                attention_mask=attention_mask,
-                return_dict=return_dict,
-                pooled_output=outputs.get("pooler_output"),
-                **arguments,
-            )
+            arguments = {
+                "attention_mask": attention_mask,
+                "return_dict": return_dict,
+                "pooled_output": outputs.get("pooler_output"),
+            }
+            if labels is not None:
+                arguments["labels"] = labels
+            if isinstance(heads, str):
+                return self.forward_head(outputs, heads, **arguments)
+            return self.forward_head_rows(outputs, heads, size, **arguments)
 
-        return self._forward_with_adapters(run, (), kwargs)
+        return self._forward_with_adapters(run, (), inputs | kwargs)
 
-    def _context_head(self) -> str | None:
-        """The head that an `AdapterSetup` asks for, or that its setup brings along."""
-        named = AdapterSetup.get_context_head_setup()
-        last = _last_name(AdapterSetup.get_context_adapter_setup())
-        return named or (last if last in self.heads else None)
+    def _heads_and_rows(
+        self, head: Heads | None, batch_size: int, has_table: bool
+    ) -> tuple[str | list[HeadRows] | None, int]:
+        """This forward's head, or its heads and their rows; and how many rows all channels have."""
+        forward, context = ForwardContext.get_context(), AdapterSetup.get_context()
+        argument = "head"
+        if head is None and context is not None:
+            head, argument = context.head_setup, "head_setup"
+        heads = self.check_heads(head, argument)
+        is_asked = heads is not None
+
+        row_setups = None if forward is None else forward.row_setups
+        if row_setups is not None and not is_asked:
+            return self._heads_of_rows(row_setups, forward.row_numbers, has_table), batch_size
+        setup = self._setups(None)[0] if row_setups is None else None
+        channels = 1 if setup is None else setup.parallel_channels
+        size = channels * batch_size
+        last = _last(setup)
+        if isinstance(last, MultiTask) and not is_asked and any(map(self._own_head, last)):
+            return self._heads_of_rows(list(last), forward.row_numbers.repeat(channels)), size
+
+        if not is_asked:
+            heads = self._heads_of_context() or self.active_head
+        if isinstance(heads, BatchSplit):
+            return consecutive_rows(heads, size), size
+        if heads is not None and channels > 1:
+            names = [heads] * channels if is_asked and isinstance(heads, str) else heads
+            _check_channels(names, setup, argument if is_asked else "active_head")
+            rows = [slice(i * batch_size, (i + 1) * batch_size) for i in range(channels)]
+            return list(map(HeadRows, names, rows)), size
+        if isinstance(heads, list):
+            return [HeadRows(name, None) for name in heads], size
+        return heads, size
+
+    def _heads_of_context(self) -> Heads | None:
+        """The heads that the setup of an `AdapterSetup` brings along.
+
+        Raises:
+            ValueError: some child of a Parallel or BatchSplit has none.
+        """
+        heads = _heads_of(AdapterSetup.get_context_adapter_setup())
+        missing = [name for name in head_names(heads) if name not in self.heads]
+        if not missing:
+            return self.check_heads(heads, "head_setup")
+        if isinstance(heads, str) or len(self.heads) == 0:
+            return None
+        raise ValueError(
+            f"head_setup: expected a head for each child of "
+            f"{AdapterSetup.get_context_adapter_setup()!r}; the model has none for {missing}"
+        )
+
+    def _own_head(self, setup: Setup | None) -> str | None:
+        """The head of a row's or task's last adapter, if there is one."""
+        name = _heads_of(setup)
+        return name if name in self.heads else None
+
+    def _heads_of_rows(
+        self, setups: Sequence[Setup | None], numbers: Tensor, has_table: bool = False
+    ) -> list[HeadRows] | None:
+        """The heads of rows with setups of their own, in the order of their first rows.
+
+        Args:
+            setups: of which each row has one.
+            numbers: [rows], which one.
+            has_table: take the heads of all setups, in their order, so that they do not depend on
+                the numbers.
+
+        Raises:
+            ValueError: a row has no head, while others have.
+        """
+        active = self.active_head
+        heads = [self._own_head(setup) or active for setup in setups]
+        if not any(heads):
+            return None
+        order = range(len(setups))
+        # on a GPU nobody waits for the numbers, unless the order asks for them
+        used = order
+        if not has_table or numbers.device.type == "cpu":
+            used = list(dict.fromkeys(numbers.tolist()))
+        for i in used:
+            if not isinstance(heads[i], str):
+                raise ValueError(
+                    f"active_head: expected one head, for rows with {setups[i] or BASE!r}; "
+                    f"got {heads[i]!r}"
+                )
+        names = dict.fromkeys(heads[i] for i in (order if has_table else used))
+        names = [name for name in names if isinstance(name, str)]
+        places = [names.index(name) if name in names else -1 for name in heads]
+        place_of_row = torch.tensor(places, device=numbers.device)[numbers.long()]
+        return [
+            HeadRows(name, (place_of_row == i).nonzero(as_tuple=True)[0])
+            for i, name in enumerate(names)
+        ]
 
     def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
-        """Choose the adapters that every forward runs; a head of the last one's name comes along.
+        """Choose the adapters that every forward runs; the heads of their names come along.
+
+        A name brings its head, a Stack what its last element brings, a Parallel a list of its
+        children's heads, a BatchSplit a BatchSplit of them. Where the model lacks one, and for
+        other blocks, the active head stays.
 
         Args:
             adapter_setup, skip_layers: as in `ModelAdaptersMixin.set_active_adapters`.
@@ -116,9 +234,9 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             ValueError: an adapter or fusion that the model does not have, or a forbidden nesting.
         """
         super().set_active_adapters(adapter_setup, skip_layers)
-        last = _last_name(self.active_adapters)
-        if last in self.heads:
-            self.active_head = last
+        heads = _heads_of(self.active_adapters)
+        if heads is not None and all(name in self.heads for name in head_names(heads)):
+            self.active_head = heads
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads.
@@ -160,10 +278,32 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         return loaded
 
 
-def _last_name(setup: AdapterCompositionBlock | None) -> str | None:
-    """The adapter that ends a Stack: a head of its name becomes the active one."""
-    last = setup.children[-1] if isinstance(setup, Stack) else None
-    return last if isinstance(last, str) else None
+def _last(setup: Setup | None) -> Setup | None:
+    """The last element of a Stack, or the block itself."""
+    return setup.children[-1] if isinstance(setup, Stack) else setup
+
+
+def _heads_of(setup: Setup | None) -> Heads | None:
+    """The names of the heads that a setup's last element would have."""
+    last = _last(setup)
+    if not isinstance(last, (Parallel, BatchSplit)):
+        return last if isinstance(last, str) else None
+    names = [child if isinstance(child, str) else child.last() for child in last]
+    return names if isinstance(last, Parallel) else BatchSplit(*names, batch_sizes=last.batch_sizes)
+
+
+def _check_channels(heads: Heads, setup: Setup, argument: str) -> None:
+    channels = setup.parallel_channels
+    if isinstance(heads, str) or len(heads) != channels:
+        raise ValueError(
+            f"{argument}: expected a list of {channels} heads, one for each channel of {setup!r}; "
+            f"got {heads!r}"
+        )
+
+
+def _check_labels(labels: Tensor | None, batch_size: int) -> None:
+    if labels is not None and (labels.dim() == 0 or len(labels) != batch_size):
+        raise ValueError(f"labels: expected [{batch_size}, ...]; got {list(labels.shape)}")
 
 
 @functools.cache

@@ -4,14 +4,17 @@ A head is an `nn.Sequential` at `heads.<name>`; its modules are numbered as in `
 state dicts are interchangeable. `HEAD_TYPES` maps a configuration's `head_type` to its class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
+from .composition import BatchSplit, Parallel
 from .modules import check_module_name
 from .ops.activations import ACTIVATIONS, activation_code
 
@@ -19,6 +22,7 @@ __all__ = [
     "HEAD_TYPES",
     "ClassificationHead",
     "FlexibleHeadsMixin",
+    "MultiHeadOutput",
     "MultiLabelClassificationHead",
     "PredictionHead",
     "head_from_config",
@@ -265,6 +269,106 @@ def head_from_config(model: nn.Module, name: str, config: Mapping[str, Any]) -> 
         raise ValueError(f"config of head {name!r}: {error}") from error
 
 
+Heads = str | Sequence[str] | BatchSplit
+"""One head, several for the same rows or for the channels of a Parallel, or several with their
+numbers of rows."""
+
+
+def head_names(heads: Heads | None) -> list[str]:
+    """The names in what `active_head` may be."""
+    return [] if heads is None else [heads] if isinstance(heads, str) else list(heads)
+
+
+@dataclass
+class MultiHeadOutput(ModelOutput):
+    """What several heads gave in one forward: an index, or iterating, gives their own outputs.
+
+    Semantics::
+
+        first, second = output                      # output.head_outputs
+        output.logits == torch.vstack([first.logits, second.logits])
+        output.loss == first.loss + second.loss
+
+    Args:
+        head_outputs: each head's output, a tuple with `return_dict=False`. Where setups were chosen
+            row by row each has `rows`, or a tuple as its last item: an int64 tensor, the rows of
+            the batch that it is for.
+        loss: the sum of the heads' losses, which are means over their rows; a head without rows has
+            none. None without labels, and where several heads read the same rows.
+    """
+
+    head_outputs: list[ModelOutput | tuple] | None = None
+    loss: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The heads' logits one below the other; they must have the same number of labels."""
+        return torch.vstack([output["logits"] for output in self.head_outputs])
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, (int, slice)):
+            return self.head_outputs[key]
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str | int, value: Any) -> None:
+        if isinstance(key, int):
+            self.head_outputs[key] = value
+        else:
+            super().__setitem__(key, value)
+
+    def __iter__(self) -> Iterator[ModelOutput | tuple]:
+        return iter(self.head_outputs)
+
+    def __len__(self) -> int:
+        return len(self.head_outputs)
+
+
+class HeadRows(NamedTuple):
+    """A head and the rows that it is for."""
+
+    head: str
+    rows: slice | Tensor | None
+    """A tensor: int64 row numbers, which are part of the output. None: all rows, for no loss."""
+
+    def of(self, value: Any, size: int) -> Any:
+        """These rows of a tensor [size, ...], or of one that all channels share; else the value.
+
+        Args:
+            value: a tensor, an output of the base model, or anything else.
+            size: rows of all channels.
+        """
+        if self.rows is None:
+            return value
+        if isinstance(value, ModelOutput):
+            tensors = {k: self.of(v, size) for k, v in value.items() if isinstance(v, Tensor)}
+            return type(value)(**tensors)
+        if isinstance(value, tuple):
+            return tuple(self.of(v, size) for v in value if isinstance(v, Tensor))
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if len(value) < size:
+            value = value.repeat(size // len(value), *[1] * (value.dim() - 1))
+        return value[self.rows]
+
+
+def consecutive_rows(heads: BatchSplit, size: int) -> list[HeadRows]:
+    """The rows of a BatchSplit's heads.
+
+    Raises:
+        ValueError: the batch has another size.
+    """
+    if sum(heads.batch_sizes) != size:
+        raise ValueError(
+            f"active_head: expected a batch of {sum(heads.batch_sizes)} rows for {heads!r}; "
+            f"got {size}"
+        )
+    parts, start = [], 0
+    for name, count in zip(heads, heads.batch_sizes, strict=True):
+        parts.append(HeadRows(name, slice(start, start + count)))
+        start += count
+    return parts
+
+
 class FlexibleHeadsMixin:
     """Prediction heads by name, for a model class on top of transformers' `PreTrainedModel`.
 
@@ -281,7 +385,7 @@ class FlexibleHeadsMixin:
     def init_heads(self) -> None:
         """Make the heads that `config.prediction_heads` lists."""
         self.heads = nn.ModuleDict()
-        self._active_head: str | None = None
+        self._active_head: Heads | None = None
         configs = getattr(self.config, "prediction_heads", None) or {}
         self.config.prediction_heads = {}
         for name, config in configs.items():
@@ -374,7 +478,7 @@ class FlexibleHeadsMixin:
             raise ValueError(f"head_name: the model has a head {name!r}; pass overwrite_ok=True")
 
     def delete_head(self, head_name: str) -> None:
-        """Remove a head; if it was active, none is afterwards.
+        """Remove a head; if it was active, alone or among others, none is afterwards.
 
         Args:
             head_name: its name.
@@ -385,28 +489,52 @@ class FlexibleHeadsMixin:
         self._head(head_name)
         del self.heads[head_name]
         del self.config.prediction_heads[head_name]
-        if self._active_head == head_name:
+        if head_name in head_names(self._active_head):
             self._active_head = None
 
     @property
-    def active_head(self) -> str | None:
+    def active_head(self) -> Heads | None:
         """The head that a forward runs through, or None for the base model's own output.
 
-        Setting it also sets the labels of `config`.
+        A list of names gives the channels of a Parallel a head each, or the whole batch to all of
+        them where there is no Parallel; a BatchSplit of names gives each its part of the rows.
+        Setting a single head also sets the labels of `config`.
         """
         return self._active_head
 
     @active_head.setter
-    def active_head(self, head_name: str | None) -> None:
-        if head_name is not None:
-            if not isinstance(head_name, str):
-                raise NotImplementedError(
-                    f"active_head: several heads at once ({head_name!r}) are not supported yet; "
-                    "they come with Parallel"
-                )
-            self.config.label2id = dict(self._head(head_name).config["label2id"])
-            self.config.id2label = self.get_labels_dict(head_name)
-        self._active_head = head_name
+    def active_head(self, heads: Heads | None) -> None:
+        heads = self.check_heads(heads, "active_head")
+        if isinstance(heads, str):
+            self.config.label2id = dict(self.heads[heads].config["label2id"])
+            self.config.id2label = self.get_labels_dict(heads)
+        self._active_head = heads
+
+    def check_heads(self, heads: Heads | None, argument: str) -> Heads | None:
+        """Heads as `active_head` takes them, with a list of one as its name, of none as None.
+
+        Args:
+            heads: a name, a list or a Parallel of names, a BatchSplit of names, or None.
+            argument: what the caller's user calls it, for errors.
+
+        Raises:
+            ValueError: something else, or a head that the model does not have.
+        """
+        if heads is None:
+            return None
+        names = [heads] if isinstance(heads, str) else heads
+        is_listing = isinstance(names, (list, tuple, BatchSplit, Parallel))
+        if not is_listing or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"{argument}: expected a head's name, a list or a BatchSplit of names, or None; "
+                f"got {heads!r}"
+            )
+        for name in names:
+            if name not in self.heads:
+                raise ValueError(f"{argument}: expected one of {list(self.heads)}; got {name!r}")
+        if len(names) < 2:
+            return names[0] if names else None
+        return names if isinstance(names, BatchSplit) else list(names)
 
     def _head(self, name: str | None) -> PredictionHead:
         """A head by name, or the active one."""
@@ -414,6 +542,8 @@ class FlexibleHeadsMixin:
             name = self._active_head
         if name is None:
             raise ValueError("head_name: none given, and no head is active")
+        if not isinstance(name, str):
+            raise ValueError(f"head_name: expected a name; got none, and {name!r} are active")
         if name not in self.heads:
             raise ValueError(f"head_name: expected one of {list(self.heads)}; got {name!r}")
         return self.heads[name]
@@ -440,34 +570,89 @@ class FlexibleHeadsMixin:
     def forward_head(
         self,
         all_outputs: ModelOutput | tuple,
-        head_name: str | None = None,
+        head_name: Heads | None = None,
         cls_output: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_dict: bool = False,
         pooled_output: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple:
-        """Run a head on the base model's output.
+        """Run one or several heads on the base model's output.
 
         Args:
             all_outputs: the base model's output.
-            head_name: the head; None for the active one.
+            head_name: the head, or several as `active_head` takes them; None for the active one.
             cls_output, attention_mask, return_dict, pooled_output: see the head's forward.
-            kwargs: further arguments of the head's forward, such as `labels`.
+            kwargs: further arguments of the head's forward, such as `labels`; a BatchSplit's heads
+                get their rows of each tensor.
 
         Returns:
-            The head's output; `all_outputs` where neither a name is given nor a head active.
+            The head's output; a `MultiHeadOutput` of several; `all_outputs` where neither a name is
+            given nor a head active.
 
         Raises:
-            ValueError: there is no head of this name.
+            ValueError: there is no head of this name, or the batch has not the size that a
+                BatchSplit needs.
         """
-        if head_name is None and self._active_head is None:
+        if head_name is None:
+            head_name = self._active_head
+        heads = self.check_heads(head_name, "head_name")
+        if heads is None:
             return all_outputs
-        return self._head(head_name)(
-            all_outputs,
-            cls_output=cls_output,
-            attention_mask=attention_mask,
-            return_dict=return_dict,
-            pooled_output=pooled_output,
+        arguments = {
+            "cls_output": cls_output,
+            "attention_mask": attention_mask,
+            "pooled_output": pooled_output,
             **kwargs,
-        )
+        }
+        if isinstance(heads, str):
+            return self.heads[heads](all_outputs, return_dict=return_dict, **arguments)
+        size = len(all_outputs[0])
+        if isinstance(heads, BatchSplit):
+            parts = consecutive_rows(heads, size)
+        else:
+            parts = [HeadRows(name, None) for name in heads]
+        return self.forward_head_rows(all_outputs, parts, size, return_dict, **arguments)
+
+    def forward_head_rows(
+        self,
+        all_outputs: ModelOutput | tuple,
+        parts: Sequence[HeadRows],
+        size: int,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> MultiHeadOutput:
+        """Run heads on rows of their own.
+
+        Args:
+            all_outputs: the base model's output.
+            parts: the heads and their rows.
+            size: rows of all channels; tensors with fewer are the same in every channel.
+            return_dict: see the head's forward.
+            kwargs: further arguments of the head's forward; each head gets its rows of tensors.
+
+        Returns:
+            The heads' outputs in the order of `parts`.
+        """
+        outputs, losses = [], []
+        for part in parts:
+            inputs = part.of(all_outputs, size)
+            arguments = {key: part.of(value, size) for key, value in kwargs.items()}
+            has_loss = arguments.get("labels") is not None and len(inputs[0]) > 0
+            if not has_loss:
+                # the mean over no rows is NaN
+                arguments.pop("labels", None)
+            output = self.heads[part.head](inputs, return_dict=return_dict, **arguments)
+            if has_loss and part.rows is not None:
+                losses.append(output[0])
+            if isinstance(part.rows, Tensor):
+                if return_dict:
+                    output["rows"] = part.rows
+                else:
+                    output = (*output, part.rows)
+            outputs.append(output)
+        combined = MultiHeadOutput(head_outputs=outputs, loss=sum(losses) if losses else None)
+        for name in ("hidden_states", "attentions"):
+            if (value := getattr(all_outputs, name, None)) is not None:
+                combined[name] = value
+        return combined

@@ -524,6 +524,8 @@ class ModelAdaptersMixin:
     save_head = serialization.save_head
     save_all_heads = serialization.save_all_heads
     load_head = serialization.load_head
+    save_adapter_setup = serialization.save_adapter_setup
+    load_adapter_setup = serialization.load_adapter_setup
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' `save_pretrained`: the whole model with its adapters and fusions.

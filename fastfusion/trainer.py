@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from .heads import head_names
+
 _FUSION_VALUE = re.compile(r"(^|\.)adapter_fusion_layer\.[^.]+\.value\.weight$")
 
 
@@ -73,8 +75,10 @@ class AdapterTrainer(Trainer):
                 "model.train_adapter_fusion(Fuse(...)) first, or use transformers.Trainer to train "
                 "the whole model"
             )
-        if not self.label_names and getattr(self.model, "active_head", None) is not None:
-            self.label_names = self.model.heads[self.model.active_head].get_label_names()
+        heads = head_names(getattr(self.model, "active_head", None))
+        if not self.label_names and heads:
+            names = [name for head in heads for name in self.model.heads[head].get_label_names()]
+            self.label_names = list(dict.fromkeys(names))
 
     def train(self, *args, **kwargs):
         """`Trainer.train`, for a model whose base weights are frozen.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastfusion
 from fastfusion import composition
+from fastfusion.heads import MultiHeadOutput
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUPS = (
@@ -118,4 +119,9 @@ def run(model: nn.Module, case: Case) -> dict[str, Tensor]:
         for key, layers in (getattr(output, name, None) or {}).items():
             for layer, places in layers.items():
                 found |= {f"{name}/{key}/{layer}/{place}": t for place, t in places.items()}
-    return found | {k: v.detach() for k, v in output.items() if isinstance(v, Tensor)}
+    outputs = {"": output}
+    if isinstance(output, MultiHeadOutput):
+        outputs |= {f"head{i}.": own for i, own in enumerate(output)}
+    for prefix, own in outputs.items():
+        found |= {f"{prefix}{k}": v.detach() for k, v in own.items() if isinstance(v, Tensor)}
+    return found

@@ -245,8 +245,6 @@ def test_choosing_a_head(host):
         host.active_head = "c"
     with pytest.raises(ValueError, match="'c'"):
         host.forward_head(outputs, head_name="c")
-    with pytest.raises(NotImplementedError, match="Parallel"):
-        host.active_head = ["a", "b"]
 
 
 def test_adding_and_deleting(host):
