@@ -2,7 +2,17 @@
 
 import pytest
 
-from fastfusion.composition import AdapterCompositionBlock, Fuse, Stack, parse_composition
+from fastfusion.composition import (
+    AdapterCompositionBlock,
+    Average,
+    BatchSplit,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Split,
+    Stack,
+    parse_composition,
+)
 from fastfusion.lowering import Branch, Stage, lower
 
 ACCEPTED = [
@@ -14,14 +24,25 @@ ACCEPTED = [
     Fuse(Stack("a", "b"), "c"),
     Stack("a", Fuse("b", Stack("c", "d"))),
     Fuse("a", "b", name="named"),
+    Split("a", "b", splits=[3, 0]),
+    Split("a", "b", split_index=3),
+    Split("a", Split("b", Stack("c", "d"), splits=[1, 2]), splits=[4, 3]),
+    BatchSplit("a", BatchSplit("b", "c", batch_sizes=[1, 0]), batch_sizes=[2, 1]),
+    Parallel("a", Stack("b", "c"), Average("d", Stack("e", "a"))),
+    Average("a", Split("b", "c", splits=2), weights=[1.0, 3.0]),
+    Average("a", "b", weights=[2.0, 2.0], normalize_weights=False),
+    Average("a", "b", peer_scaling=True),
+    MultiTask("d", Fuse("a", "b"), Average("a", Stack("b", "c"))),
+    Stack("a", Parallel("b", "c"), MultiTask("d", Stack("a", "b")), "e"),
 ]
+BLOCKS = (Stack, Fuse, Split, BatchSplit, Parallel, MultiTask, Average)
 
 
 @pytest.mark.parametrize("block", ACCEPTED, ids=repr)
 def test_accepted(block):
     assert parse_composition(block) is block
     assert AdapterCompositionBlock.from_dict(block.to_dict()) == block
-    assert eval(repr(block), {"Stack": Stack, "Fuse": Fuse}) == block
+    assert eval(repr(block), {kind.__name__: kind for kind in BLOCKS}) == block
     assert hash(block) == hash(AdapterCompositionBlock.from_dict(block.to_dict()))
 
 
@@ -44,6 +65,25 @@ def test_what_parsing_takes():
         (lambda: Stack(Stack("a"), "b"), "Stack: expected children of type str, Fuse"),
         (lambda: Stack("a", 3), "int"),
         (lambda: Stack("a", ""), "empty"),
+        (lambda: Parallel(Parallel("a"), "b"), "Parallel: expected children of type str, Stack"),
+        (lambda: MultiTask("a", Split("b", splits=1)), "MultiTask: expected children"),
+        (lambda: Average("a", Average("b")), "Average: expected children"),
+        (lambda: Average("a", "b", weights=[1]), "weights: expected 2"),
+        (lambda: Average("a", weights=[float("nan")]), "weights: expected 1 finite"),
+        (lambda: Average("a", "b", weights=[1, -1]), "weights: expected a sum other than 0"),
+        (lambda: Split("a", "b"), "Split: expected either splits or split_index"),
+        (lambda: Split("a", "b", splits=1, split_index=1), "Split: expected either"),
+        (lambda: Split("a", "b", splits=[1]), "splits: expected 2 sizes"),
+        (lambda: Split("a", "b", splits=[1, -1]), "splits: expected 2 sizes"),
+        (lambda: Split("a", split_index=1), "split_index: expected two children"),
+        (lambda: Split("a", "b", split_index=-1), "split_index: expected"),
+        (lambda: BatchSplit("a", "b", batch_sizes=[1.0, 2.0]), "batch_sizes: expected 2 sizes"),
+        (lambda: BatchSplit("a", "b", batch_sizes=[True, 2]), "batch_sizes: expected 2 sizes"),
+        (lambda: parse_composition(Stack(Split(Average("a"), splits=1))), "below two blocks"),
+        (
+            lambda: parse_composition(Split(Split("a", splits=2), "b", splits=[3, 1])),
+            "splits: expected a sum of 3",
+        ),
         (lambda: parse_composition(Fuse(Stack("a", Fuse("b", "c")), "d")), "names only"),
         (lambda: parse_composition(7), "setup"),
         (lambda: AdapterCompositionBlock.from_dict({"type": "Maze", "children": []}), "Maze"),
@@ -75,8 +115,9 @@ def everywhere(_):
 
 
 def stages_of(setup, present=everywhere):
-    (lane,) = lower(setup, present).lanes
-    return lane.stages
+    plan = lower(setup, present)
+    (lane,) = plan.lanes
+    return tuple(plan.stages[i][1] for i in lane.stages)
 
 
 def test_lowering():

@@ -348,3 +348,24 @@ def test_gates_and_splits(setup):
 def test_a_setup_for_each_row(case):
     """Each row is as if it were alone with its setup."""
     case.check()
+
+
+@pytest.mark.xfail(strict=True, reason="layer._run_whole takes the pre step of the wrong adapter")
+@pytest.mark.parametrize(
+    "setup",
+    [
+        BatchSplit("a", "b", batch_sizes=[0, 2]),
+        Split("a", "b", splits=[0, 5]),
+        Split("a", "b", split_index=0),
+    ],
+    ids=repr,
+)
+def test_parts_that_are_empty(setup):
+    """The pre step is that of a block's first adapter, also where it gets no row or token."""
+    layer = make_layer([{"original_ln_before": False}, {}], None, setup)
+    hidden, input = (torch.randn(2, 5, 12, dtype=torch.float64) for _ in "hi")
+    norm = nn.LayerNorm(12).double().requires_grad_(False)
+    place = Place(leaves(dict(layer.adapters), torch.float64)[0], {}, norm)
+    with torch.no_grad():
+        expected = Walk(place).run(setup, hidden, input)
+        torch.testing.assert_close(layer.forward(hidden, input, norm), expected)
