@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -68,6 +69,30 @@ class AdapterSetup:
         return None if context is None else context.head_setup
 
 
+class _Restored:
+    """The contexts of another moment, for one `with` block."""
+
+    def __init__(self) -> None:
+        self._then = getattr(_local, "setups", ()), getattr(_local, "forward", None)
+
+    def __enter__(self) -> None:
+        self._now = getattr(_local, "setups", ()), getattr(_local, "forward", None)
+        setups, forward = self._then
+        # what the forward reports it has reported
+        _local.setups, _local.forward = setups, None if forward is None else forward.silent()
+
+    def __exit__(self, *_: Any) -> None:
+        _local.setups, _local.forward = self._now
+
+
+def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of `torch.utils.checkpoint`: layers computed again find the forward's contexts.
+
+    It runs in the backward, outside of the `with` blocks, and perhaps in another thread.
+    """
+    return nullcontext(), _Restored()
+
+
 class ForwardContext:
     """What one forward of a model is to report beside its outputs.
 
@@ -109,6 +134,10 @@ class ForwardContext:
     def get_context() -> "ForwardContext | None":
         """The forward that this thread is in, or None."""
         return getattr(_local, "forward", None)
+
+    def silent(self) -> "ForwardContext":
+        """The same rows, and nothing to report."""
+        return ForwardContext(row_setups=self.row_setups, row_numbers=self.row_numbers)
 
     def record(self, output: str, name: str, layer_idx: int, location: str, value: Tensor) -> None:
         """Note a value of one place, detached: no copy and no wait for the device.

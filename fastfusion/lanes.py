@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .context import ForwardContext
 from .lowering import Plan, Region
-from .mixture import Mixture, MixtureGroup
+from .mixture import Mixture, MixtureGroup, compute_dtype
 from .modules import Adapter
 from .steps import Around, State, Step
 
@@ -132,6 +132,9 @@ class GroupedStage:
             ones = state.hidden.new_ones(*state.hidden.shape[:-1], widest)
             mask = F.dropout(ones, self.group.dropout)
         hidden, attention = self.group.run(state.hidden, kept, groups.flatten(), mask)
+        context = ForwardContext.get_context()
+        if context is None or not context.output_adapter_fusion_attentions:
+            return State(hidden, state.residual)
         for number, step in self.fusions.items():
             own = (groups == number).unsqueeze(-1)
             step.report(attention[..., : len(step.mixture.adapters)] * own, around)
@@ -141,9 +144,8 @@ class GroupedStage:
         """Whether no step has, in its present mode, anything that packed weights cannot hold."""
         steps = [step for step in self.steps if step is not None]
         fusions = [step.mixture.fusion for step in self.fusions.values()]
-        return all(step.is_one_mixture() for step in steps) and (
-            len({fusion.dropout for fusion in fusions if fusion.training}) <= 1
-        )
+        dropouts = {fusion.dropout if fusion.training else 0.0 for fusion in fusions}
+        return all(step.is_one_mixture() for step in steps) and len(dropouts) <= 1
 
 
 class BoundPlan:
@@ -188,7 +190,7 @@ class BoundPlan:
         is_grouped = (
             bool(self._stages)
             and not around.is_literal
-            and state.hidden.dtype != torch.float16
+            and compute_dtype(state.hidden) != torch.float16
             and all(stage.is_groupable_now() for stage in self._stages)
         )
         if is_grouped:
@@ -248,7 +250,8 @@ class BoundPlan:
         """The number of each row's and token's lane, [channels * B, S]."""
         size, length = hidden.shape[:2]
         key = (size, length, hidden.device)
-        if self._layout is None or self._layout[0] != key:
+        layout = self._layout
+        if layout is None or layout[0] != key:
             # [tasks, rows, S]; one row stands for all where no lane cuts the batch
             regions = [lane.region for lane in self.lanes]
             cuts_batch = any(r.rows != (0, None) or r.channel is not None for r in regions)
@@ -257,8 +260,9 @@ class BoundPlan:
                 tasks = slice(None) if region.task is None else region.task
                 rows = _rows(region, size, self.plan.channels) if cuts_batch else slice(None)
                 table[tasks, rows, slice(*region.tokens)] = i
-            self._layout = key, table.to(hidden.device)
-        table = self._layout[1]
+            # another thread may have put its own there meanwhile
+            layout = self._layout = key, table.to(hidden.device)
+        table = layout[1]
         if self.plan.tasks is None:
             return table[0].expand(size, length)
         numbers = _row_numbers(self.plan).to(hidden.device)
@@ -277,7 +281,13 @@ def _rows(region: Region, size: int, channels: int) -> slice:
 
 
 def _row_numbers(plan: Plan) -> Tensor:
-    return ForwardContext.get_context().row_numbers.repeat(plan.channels)
+    context = ForwardContext.get_context()
+    if context is None or context.row_numbers is None:
+        raise ValueError(
+            "task_ids: needed by a MultiTask; call the model that has the adapters, not the base "
+            "model inside it"
+        )
+    return context.row_numbers.repeat(plan.channels)
 
 
 _PRE_FIELDS = ("is_parallel", "original_ln_before", "residual_before_ln")
@@ -312,6 +322,8 @@ def _obstacle(lanes: Sequence[BoundLane]) -> str | None:
             if config["use_gating"] or config["ln_after"]:
                 return "an adapter with a gate or ln_after"
         if mixture.fusion is not None:
+            if mixture.config["is_parallel"]:
+                return "a Fuse of parallel adapters"
             config = mixture.fusion.config
             if config["query_before_ln"] or config["residual_before"] or config["temperature"]:
                 return "a fusion with query_before_ln, residual_before or a temperature"

@@ -1,5 +1,6 @@
 """One place of a model's layer where adapters may sit: its modules, its plans, its forward."""
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -106,13 +107,15 @@ class AdapterLayer:
     def _kept_plan(self, key: tuple[Any, bool], make: Callable[..., BoundPlan]) -> BoundPlan:
         plan = self._plans.get(key)
         if plan is not None:
-            self._plans.move_to_end(key)
+            with contextlib.suppress(KeyError):  # another thread may have just let it go
+                self._plans.move_to_end(key)
             return plan
         setup, skips = key
         plan = self._plans[key] = make(setup, (self.layer_idx,) if skips else ())
         if len(self._plans) > _KEPT_PLANS:
             # the one that was used longest ago goes, and its packs with it
-            self._plans.popitem(last=False)
+            with contextlib.suppress(KeyError):
+                self._plans.popitem(last=False)
         return plan
 
     def _bind(self, plan: Plan) -> BoundPlan:
@@ -193,7 +196,8 @@ class AdapterLayer:
         step, mixture = lane.steps[-1], lane.steps[-1].mixture
         if (
             not around.is_literal
-            and len(step.pre) == 1  # the block around a name may have one too
+            # the op makes this pre step, not those of blocks around it
+            and step.pre == mixture.adapters[-1:]
             and step.is_one_mixture()
             and mixture.takes_norm(state.hidden, around.layer_norm)
         ):

@@ -212,7 +212,7 @@ class Mixture(_Packed):
             ValueError: the adapters' dtype or device is not that of the inputs.
         """
         *batch, hidden_size = inputs[0].shape
-        dtype = _autocast_dtype(inputs[0]) or inputs[0].dtype
+        dtype = compute_dtype(inputs[0])
 
         def rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
@@ -349,7 +349,7 @@ class MixtureGroup(_Packed):
             [B, S, H] and the attention [B, S, N], zero behind a row's own adapters.
         """
         shape = x.shape
-        dtype = _autocast_dtype(x) or x.dtype
+        dtype = compute_dtype(x)
 
         def rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
@@ -381,7 +381,7 @@ class MixtureGroup(_Packed):
     def dropout(self) -> float:
         """Of the scores, in training; the largest of the fusions'."""
         fusions = [mixture.fusion for mixture in self.mixtures if mixture.fusion is not None]
-        return max((f.dropout for f in fusions if f.training), default=0.0)
+        return max([0.0, *(f.dropout for f in fusions if f.training)])
 
 
 def _build(owner: "weakref.ref[_Packed]", absorbed: bool, tensors: Sequence[Tensor]) -> Weights:
@@ -394,6 +394,11 @@ def _autocast_dtype(like: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def compute_dtype(like: Tensor) -> torch.dtype:
+    """What a mixture of such rows is computed in."""
+    return _autocast_dtype(like) or like.dtype
 
 
 def _is_recorded(tensors: list[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,13 +20,17 @@ from .configuration import (
     BnConfig,
     ModelAdaptersConfig,
 )
-from .context import AdapterSetup, ForwardContext
+from .context import AdapterSetup, ForwardContext, recomputation_contexts
 from .explain import AdapterPlan
+from .lanes import BoundPlan
 from .layer import AdapterLayer, RoutedSetups
 from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
 from .patching import Architecture, architecture_of, patch, unpatch
 from .patching.architectures import Place
+
+_routing = threading.Lock()
+"""Held while a model's table of routed setups grows."""
 
 _ROW_ARGUMENTS = ("adapter_names", "adapter_ids", "task_ids")
 """The keyword arguments of a forward that choose a setup for each row."""
@@ -66,7 +71,7 @@ class ModelAdapters:
             layer.activate(plan)
         self.config.active_setup, self.needed = setup, needed
         self.config.skip_layers = list(skip_layers)
-        self._lower_routed(self.routed.setups)
+        self._update_routed()
 
     def update_plans(self) -> None:
         """Lower the active setup again: after a change of modules."""
@@ -74,24 +79,33 @@ class ModelAdapters:
 
     def route(self, setups: Sequence[AdapterCompositionBlock | None]) -> list[int]:
         """The numbers of setups among those that were ever routed; new ones come at the end."""
-        known = list(dict.fromkeys((*self.routed.setups, *setups)))
-        if len(known) > len(self.routed.setups):
-            self._lower_routed(tuple(known))
+        with _routing:
+            known = tuple(dict.fromkeys((*self.routed.setups, *setups)))
+            if len(known) > len(self.routed.setups):
+                self._set_routed(*self._lowered_routed(known))
         number = {setup: i for i, setup in enumerate(known)}
         return [number[setup] for setup in setups]
 
-    def _lower_routed(self, setups: tuple[AdapterCompositionBlock | None, ...]) -> None:
-        obstacle = None
-        try:
-            for setup in setups:
-                self.check_setup(setup)
-            plans = [layer.lower_rows(setups, self.config.skip_layers) for layer in self.layers]
-        except ValueError as error:
-            # an adapter went that a number stands for: a forward with numbers says so
-            obstacle, plans = str(error), [layer.plan for layer in self.layers]
+    def _lowered_routed(
+        self, setups: tuple[AdapterCompositionBlock | None, ...]
+    ) -> tuple[RoutedSetups, list[BoundPlan]]:
+        for setup in setups:
+            self.check_setup(setup)
+        plans = [layer.lower_rows(setups, self.config.skip_layers) for layer in self.layers]
+        return RoutedSetups(setups, rows.needed_rows(setups)), plans
+
+    def _set_routed(self, routed: RoutedSetups, plans: Sequence[BoundPlan]) -> None:
         for layer, plan in zip(self.layers, plans, strict=True):
             layer.routed_plan = plan
-        self.routed = RoutedSetups(setups, rows.needed_rows(setups), obstacle)
+        self.routed = routed
+
+    def _update_routed(self) -> None:
+        """Lower the routed setups again."""
+        try:
+            self._set_routed(*self._lowered_routed(self.routed.setups))
+        except ValueError as error:
+            # an adapter went that a number stands for: a forward with numbers says so
+            self.routed = self.routed._replace(obstacle=str(error))
 
     def copies_batch(self, place: AdapterLayer) -> bool:
         """Whether a place is the first with a Parallel: until there the batch is one channel."""
@@ -487,7 +501,11 @@ class ModelAdaptersMixin:
         Raises:
             ValueError: `use_reentrant=True` is asked for.
         """
-        arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        arguments = {
+            "use_reentrant": False,
+            "context_fn": recomputation_contexts,
+            **(gradient_checkpointing_kwargs or {}),
+        }
         if arguments["use_reentrant"]:
             raise ValueError(
                 "gradient_checkpointing_kwargs: expected use_reentrant=False; reentrant "
@@ -682,6 +700,11 @@ class ModelAdaptersMixin:
             numbers = rows.checked_numbers(
                 given["adapter_ids"], len(table.setups), "adapter_ids", shape
             )
+            if rows.can_look_at(numbers) and torch.is_grad_enabled():
+                # setups of no row must get no gradients, not zeros
+                used, numbers = numbers.unique(return_inverse=True)
+                setups = tuple(table.setups[number] for number in used.tolist())
+                return {"row_setups": setups, "row_numbers": numbers}
             return {"row_setups": table.setups, "row_numbers": numbers}
         (setup,) = self._setups(None)
         is_active = AdapterSetup.get_context() is None
@@ -708,6 +731,8 @@ class ModelAdaptersMixin:
         Raises:
             ValueError: unknown adapters or fusions, or a block over rows.
         """
+        if isinstance(setups, str) or not isinstance(setups, Sequence):
+            raise ValueError(f"setups: expected a list with one entry a row; got {setups!r}")
         parsed = [rows.parse_row(setup, "setups") for setup in setups]
         for setup in parsed:
             self.model_adapters.check_setup(setup)

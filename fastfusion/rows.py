@@ -1,6 +1,7 @@
 """Which row of a batch has which setup: what a forward's arguments say, checked before it runs."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,9 +27,12 @@ Shape = tuple[int, int]
 
 def input_shape(args: tuple, kwargs: dict[str, Any]) -> Shape | None:
     """The rows and tokens of a forward's inputs, or None where they cannot be found."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            return value.shape[0], value.shape[1]
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(ids, Tensor) and ids.dim() >= 2:
+        return math.prod(ids.shape[:-1]), ids.shape[-1]
+    embeddings = kwargs.get("inputs_embeds")
+    if isinstance(embeddings, Tensor) and embeddings.dim() >= 3:
+        return math.prod(embeddings.shape[:-2]), embeddings.shape[-2]
     return None
 
 
@@ -84,12 +88,17 @@ def row_numbers(
     return distinct, torch.tensor([number[setup] for setup in setups])
 
 
+def can_look_at(numbers: Tensor) -> bool:
+    """Whether a value can be read without a wait for a GPU or a break in a compiled graph."""
+    return numbers.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def checked_numbers(numbers: Any, count: int, argument: str, shape: Shape | None) -> Tensor:
     """Row numbers as a tensor [B].
 
     Args:
-        numbers: integers from 0 to `count - 1`. On a GPU the values are not looked at, which would
-            wait for it.
+        numbers: integers from 0 to `count - 1`. On a GPU and in compiled code the values are not
+            looked at, and those outside count as the nearest.
 
     Raises:
         ValueError: not one integer for each row, or one out of range.
@@ -101,7 +110,10 @@ def checked_numbers(numbers: Any, count: int, argument: str, shape: Shape | None
         raise ValueError(
             f"{argument}: expected integers [{rows}]; got {tensor.dtype} {list(tensor.shape)}"
         )
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
+    if not can_look_at(tensor):
+        # where the values cannot be looked at, none may reach beyond the table
+        return tensor.clamp(0, count - 1)
+    if tensor.numel():
         low, high = int(tensor.min()), int(tensor.max())
         if low < 0 or high >= count:
             wrong = low if low < 0 else high

@@ -142,8 +142,10 @@ void forward_block(const Group& group, const Stack& w, const Rows<T>& x, const R
   float* own_p = scratch + m.columns;
   float* own_mask = own_p + m.adapters;
   for (int64_t i = 0; i < rows; ++i) {
-    if (mask) std::copy_n(mask + x.index[i] * p_stride, m.adapters, own_mask);
-    const ForwardRows<T> pass{y.data + i * stride, stride, mask ? own_mask : nullptr, nullptr,
+    // the mask is as wide as the widest scored group
+    const bool masked = mask && m.scored;
+    if (masked) std::copy_n(mask + x.index[i] * p_stride, m.adapters, own_mask);
+    const ForwardRows<T> pass{y.data + i * stride, stride, masked ? own_mask : nullptr, nullptr,
                               own_p, scratch};
     forward_rows(m, pass, 0, 1);
     if (m.scored) std::copy_n(own_p, m.adapters, p + x.index[i] * p_stride);

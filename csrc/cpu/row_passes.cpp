@@ -130,7 +130,8 @@ FASTFUSION_INLINE void backward_rows_body(const Mixture& m, const BackwardRows<T
     T* y = rows.y + row * rows.y_stride;
     T* g = rows.g + row * rows.g_stride;
     activate_row<T>(m, y, z, slope);
-    zero(y, m.used(), rows.y_stride);
+    // without scores only the columns are written
+    zero(y, m.scored ? m.used() : columns, rows.y_stride);
     zero(g, columns + adapters, rows.g_stride);
     if (!m.scored) {
       if (rows.needs_pre) {

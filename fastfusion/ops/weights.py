@@ -147,4 +147,4 @@ def group_weights(
 
 def max_scored(counts: Sequence[int], scored: Sequence[int]) -> int:
     """N of the largest group with attention, or 0."""
-    return max((n for n, is_scored in zip(counts, scored, strict=True) if is_scored), default=0)
+    return max([0, *(n for n, is_scored in zip(counts, scored, strict=True) if is_scored)])

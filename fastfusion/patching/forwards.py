@@ -12,7 +12,9 @@ def copy_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
     def copied(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) in (1, len(hidden)):
+        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) in (0, 1):
+            return value
+        if len(hidden) == len(value) or len(hidden) % len(value):
             return value
         return value.repeat(len(hidden) // len(value), *[1] * (value.dim() - 1))
 
