@@ -19,7 +19,7 @@ BACKENDS = ("reference", "torch", "cpp", "triton")
 _MODULES = {
     "torch": "fastfusion.ops.torch_backend",
     "cpp": "fastfusion.ops.cpp_backend",
-    "triton": "fastfusion.kernels.triton.adapter_fusion",
+    "triton": "fastfusion.kernels.triton.backend",
 }
 
 
