@@ -52,8 +52,6 @@ def _refusal(backend: str, x: Tensor, weights: PackedWeights | GroupedWeights) -
     for code in weights.activations:
         if code >= NATIVE_ACTIVATIONS:
             return f"it has no {ACTIVATIONS[code].name}"
-    if isinstance(weights, GroupedWeights) and backend == "triton":
-        return "it has no kernel for groups of rows"
     return load(backend).refusal(x, weights)
 
 

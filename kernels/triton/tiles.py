@@ -100,8 +100,8 @@ def add_bias(acc, bias_ptr, offs, mask):
 INTERPRETED = not isinstance(dot, triton.JITFunction)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
-# scores) nothing spills on sm_90 and a few bytes on sm_80, outside the loop over H; with 256 both
-# spill, sm_80 in that loop (compiled with Triton 3.9).
+# scores) nothing spills on sm_90 and little on sm_80 (56 bytes; over groups 328), outside the loops
+# over H; with 256 both spill, sm_80 in such a loop (compiled with Triton 3.9).
 MAX_COLUMNS = 192 + 16
 
 
