@@ -16,8 +16,9 @@ PACKAGE = ROOT / "fastfusion"
 LEVELS: list[list[str]] = [
     ["ops.activations", "ops.weights", "composition"],
     ["ops.routing"],
-    ["ops.torch_backend", "reference", "configuration", "context", "files"],
+    ["ops.torch_backend", "reference", "configuration", "context", "files", "kernels.triton.tiles"],
     ["ops.cpp_backend", "kernels"],
+    ["kernels.triton.backend"],
     ["ops.backends"],
     ["ops.adapter_fusion", "ops.grouped"],
     ["ops"],

@@ -19,7 +19,7 @@ BACKENDS = ("reference", "torch", "cpp", "triton")
 _MODULES = {
     "torch": "fastfusion.ops.torch_backend",
     "cpp": "fastfusion.ops.cpp_backend",
-    "triton": "fastfusion.kernels.triton.adapter_fusion",
+    "triton": "fastfusion.kernels.triton.backend",
 }
 
 
@@ -52,8 +52,6 @@ def _refusal(backend: str, x: Tensor, weights: PackedWeights | GroupedWeights) -
     for code in weights.activations:
         if code >= NATIVE_ACTIVATIONS:
             return f"it has no {ACTIVATIONS[code].name}"
-    if isinstance(weights, GroupedWeights) and backend == "triton":
-        return "it has no kernel for groups of rows"
     return load(backend).refusal(x, weights)
 
 

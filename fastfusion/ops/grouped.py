@@ -122,7 +122,7 @@ def adapter_fusion_grouped(
             not checked.
         weights: the groups' packed weights, of the dtype and on the device of `x`.
         mask: dropout on the scores, [T, N] with N adapters in the largest scored group.
-        backend: "torch", "cpp", or None to choose.
+        backend: "torch", "cpp", "triton", or None to choose.
 
     Returns:
         out [T, H], and p [T, N] in fp32 (fp64 for fp64 inputs), zero behind a row's own adapters

@@ -1,4 +1,4 @@
-"""The adapter mixture in one Triton launch: the "triton" backend of the ops.
+"""The adapter mixture in one Triton launch, for `adapter_fusion` and `adapter_fusion_norm`.
 
 The mathematics, per row, with the columns of all N adapters on one flat axis of `D = sum(sizes)`:
 
@@ -25,14 +25,13 @@ Determinism: no atomics and no split of a sum over blocks; the same call on the 
 the same bits.
 
 The backward pass and the norms around the mixture are PyTorch's here (fused kernels are to follow):
-`adapter_fusion_backward` and `adapter_fusion_norm_backward` recompute z and t as the torch backend
-does, from the saved p. The schedule was chosen from compiled code, not from timings.
+the torch backend's functions recompute z and t from the saved p. The schedule was chosen from
+compiled code, not from timings.
 
 One input per adapter: the inputs are stacked to [N, T, H] (one copy), and each is multiplied with
 all down-projections, all but its own read as zero: N times the flops of the down product.
 """
 
-import functools
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -42,103 +41,22 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from fastfusion.ops.activations import activation_code
-from fastfusion.ops.torch_backend import adapter_fusion_backward, adapter_fusion_norm_backward
 from triton.backends.compiler import GPUTarget
 
-__all__ = [
-    "adapter_fusion",
-    "adapter_fusion_backward",
-    "adapter_fusion_norm",
-    "adapter_fusion_norm_backward",
-    "refusal",
-]
-
-LINEAR = tl.constexpr(activation_code("linear"))
-RELU = tl.constexpr(activation_code("relu"))
-GELU = tl.constexpr(activation_code("gelu"))
-GELU_NEW = tl.constexpr(activation_code("gelu_new"))
-SILU = tl.constexpr(activation_code("silu"))
-TANH = tl.constexpr(activation_code("tanh"))
-SIGMOID = tl.constexpr(activation_code("sigmoid"))
-LEAKY_RELU = tl.constexpr(activation_code("leaky_relu"))
-
-
-@triton.jit
-def _tanh(x):
-    # the quotient loses the low bits of small x, the series (to x^9) is exact to fp32 below 1/4
-    e = tl.exp(-2.0 * tl.abs(x))
-    quotient = (1.0 - e) / (1.0 + e)
-    y = x * x
-    series = 1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -quotient, quotient))
-
-
-@triton.jit
-def _activation(x, CODE: tl.constexpr):
-    if CODE == RELU:
-        return tl.where(x < 0, 0.0, x)  # a NaN stays one
-    elif CODE == GELU:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif CODE == GELU_NEW:
-        # (1 + tanh(u)) / 2 = sigmoid(2u)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif CODE == SILU:
-        return x * tl.sigmoid(x)
-    elif CODE == TANH:
-        return _tanh(x)
-    elif CODE == SIGMOID:
-        return tl.sigmoid(x)
-    elif CODE == LEAKY_RELU:
-        return tl.where(x < 0, 0.01 * x, x)
-    else:
-        tl.static_assert(CODE == LINEAR, "an activation that this kernel has not")
-        return x
-
-
-@triton.jit
-def _cast(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """An fp32 `x` in DTYPE, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts the low bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # the interpreter multiplies the raw bits of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _dot_rows(
-    a, w_ptr, rows, mask_rows, cols, mask_cols, acc,
-    H: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
-    tile = w_ptr + rows[:, None] * H + cols[None, :]
-    w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
-    return _dot(a, tl.trans(w) if TRANSPOSED else w, acc, INTERPRETED)
-
-
-@triton.jit
-def _dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + a @ one_hot for an fp32 `a`, on the matrix units if SPLIT."""
-    if SPLIT:
-        one_hot = one_hot.to(tl.float32).to(tl.bfloat16)
-        high = _cast(a, tl.bfloat16, INTERPRETED)
-        low = _cast(a - high.to(tl.float32), tl.bfloat16, INTERPRETED)
-        acc = _dot(high, one_hot, acc, INTERPRETED)
-        return _dot(low, one_hot, acc, INTERPRETED)
-    return _dot(a, one_hot.to(tl.float32), acc, INTERPRETED)
-
-
-@triton.jit
-def _add_bias(acc, bias_ptr, offs, mask):
-    return acc + tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :]
+from .tiles import (
+    INTERPRETED,
+    activation,
+    add_bias,
+    cast,
+    column_blocks,
+    contiguous,
+    contiguous_rows,
+    dot_one_hot,
+    dot_rows,
+    padded,
+    schedule,
+    target_of,
+)
 
 
 @triton.jit
@@ -164,13 +82,13 @@ def _columns_of(offs_d, i: tl.constexpr, ENDS: tl.constexpr, NUM_INPUTS: tl.cons
 @triton.jit
 def _activate(pre, adapter, ACTIVATIONS: tl.constexpr, CODES: tl.constexpr):
     """Each column's own activation: one pass for each distinct code."""
-    z = _activation(pre, CODES[0])
+    z = activation(pre, CODES[0])
     for j in tl.static_range(1, len(CODES)):
         own = adapter < 0
         for i in tl.static_range(len(ACTIVATIONS)):
             if ACTIVATIONS[i] == CODES[j]:
                 own = own | (adapter == i)
-        z = tl.where(own[None, :], _activation(pre, CODES[j]), z)
+        z = tl.where(own[None, :], activation(pre, CODES[j]), z)
     return z
 
 
@@ -235,42 +153,42 @@ def _adapter_fusion_fwd_kernel(
             x_tile += offs_t[:, None] * stride_xm + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_tk, other=0.0)
             own = _columns_of(offs_d, i, ENDS, NUM_INPUTS)
-            pre = _dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED)
+            pre = dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED)
             if BLOCK_R > 0:
                 own = _columns_of(offs_r, i, ENDS, NUM_INPUTS)
-                pre_r = _dot_rows(
+                pre_r = dot_rows(
                     x, w_down_ptr, offs_r, own, offs_k, mask_k, pre_r, H, True, INTERPRETED
                 )
         if w_score_ptr is not None:
             if query_ptr is not None:
                 query_tile = query_ptr + offs_t[:, None] * stride_qm + offs_k[None, :]
                 x = tl.load(query_tile, mask=mask_tk, other=0.0)
-            t = _dot_rows(x, w_score_ptr, offs_d, mask_d, offs_k, mask_k, t, H, True, INTERPRETED)
+            t = dot_rows(x, w_score_ptr, offs_d, mask_d, offs_k, mask_k, t, H, True, INTERPRETED)
             if BLOCK_R > 0:
-                t_r = _dot_rows(
+                t_r = dot_rows(
                     x, w_score_ptr, offs_r, mask_r, offs_k, mask_k, t_r, H, True, INTERPRETED
                 )
-            c = _dot_rows(
+            c = dot_rows(
                 x, w_score_ptr, D + offs_n, mask_n, offs_k, mask_k, c, H, True, INTERPRETED
             )
 
     adapter = _adapter_of(offs_d, ENDS)
-    z = _activate(_add_bias(pre, b_down_ptr, offs_d, mask_d), adapter, ACTIVATIONS, CODES)
+    z = _activate(add_bias(pre, b_down_ptr, offs_d, mask_d), adapter, ACTIVATIONS, CODES)
     if BLOCK_R > 0:
         adapter_r = _adapter_of(offs_r, ENDS)
-        z_r = _activate(_add_bias(pre_r, b_down_ptr, offs_r, mask_r), adapter_r, ACTIVATIONS, CODES)
+        z_r = _activate(add_bias(pre_r, b_down_ptr, offs_r, mask_r), adapter_r, ACTIVATIONS, CODES)
 
     p = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if w_score_ptr is not None:
         # t is zero behind the last column, whatever z is there
-        s = _add_bias(c, b_score_ptr, D + offs_n, mask_n)
+        s = add_bias(c, b_score_ptr, D + offs_n, mask_n)
         one_hot = adapter[:, None] == offs_n[None, :]
-        t = _add_bias(t, b_score_ptr, offs_d, mask_d)
-        s = _dot_one_hot(z * t, one_hot, s, SPLIT, INTERPRETED)
+        t = add_bias(t, b_score_ptr, offs_d, mask_d)
+        s = dot_one_hot(z * t, one_hot, s, SPLIT, INTERPRETED)
         if BLOCK_R > 0:
             one_hot_r = adapter_r[:, None] == offs_n[None, :]
-            t_r = _add_bias(t_r, b_score_ptr, offs_r, mask_r)
-            s = _dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, INTERPRETED)
+            t_r = add_bias(t_r, b_score_ptr, offs_r, mask_r)
+            s = dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, INTERPRETED)
         if offset_ptr is not None:
             s += tl.load(offset_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32)[:, None]
         mask_tn = mask_t[:, None] & mask_n[None, :]
@@ -284,114 +202,37 @@ def _adapter_fusion_fwd_kernel(
         p = e / tl.sum(e, axis=1)[:, None]
         tl.store(p_ptr + offs_t[:, None] * N + offs_n[None, :], p, mask=mask_tn)
         zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        z *= _dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, INTERPRETED)
+        z *= dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, INTERPRETED)
         if BLOCK_R > 0:
             zeros_r = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            z_r *= _dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, INTERPRETED)
+            z_r *= dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, INTERPRETED)
 
-    w = _cast(z, DTYPE, INTERPRETED)
-    w_p = _cast(p, DTYPE, INTERPRETED)
+    w = cast(z, DTYPE, INTERPRETED)
+    w_p = cast(p, DTYPE, INTERPRETED)
     if BLOCK_R > 0:
-        w_r = _cast(z_r, DTYPE, INTERPRETED)
+        w_r = cast(z_r, DTYPE, INTERPRETED)
     for h in range(0, H, BLOCK_H):
         offs_h = h + tl.arange(0, BLOCK_H)
         mask_h = offs_h < H
         mask_th = mask_t[:, None] & mask_h[None, :]
         out = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-        out = _dot_rows(w, w_out_ptr, offs_d, mask_d, offs_h, mask_h, out, H, False, INTERPRETED)
+        out = dot_rows(w, w_out_ptr, offs_d, mask_d, offs_h, mask_h, out, H, False, INTERPRETED)
         if BLOCK_R > 0:
-            out = _dot_rows(
+            out = dot_rows(
                 w_r, w_out_ptr, offs_r, mask_r, offs_h, mask_h, out, H, False, INTERPRETED
             )
         if w_score_ptr is not None:
-            out = _dot_rows(
+            out = dot_rows(
                 w_p, w_out_ptr, D + offs_n, mask_n, offs_h, mask_h, out, H, False, INTERPRETED
             )
         else:
             for i in tl.static_range(N):
-                out = _add_bias(out, w_out_ptr + (D + i) * H, offs_h, mask_h)
+                out = add_bias(out, w_out_ptr + (D + i) * H, offs_h, mask_h)
         if residual_ptr is not None:
             residual_tile = residual_ptr + offs_t[:, None] * stride_rm + offs_h[None, :]
             out += tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)
         out_tile = out_ptr + offs_t[:, None] * H + offs_h[None, :]
-        tl.store(out_tile, _cast(out, DTYPE, INTERPRETED), mask=mask_th)
-
-
-_INTERPRETED = not isinstance(_adapter_fusion_fwd_kernel, triton.JITFunction)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
-# scores) nothing spills on sm_90 and a few bytes on sm_80, outside the loop over H; with 256 both
-# spill, sm_80 in that loop (compiled with Triton 3.9).
-_MAX_COLUMNS = 192 + 16
-
-
-def _padded(size: int) -> int:
-    """The block that holds `size` entries: a power of two that a matrix product can take."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def _column_blocks(columns: int) -> tuple[int, int]:
-    """Two blocks that hold the columns (144: 128 and 16; 256 would nearly double the work), or one
-    and 0 where two are no narrower."""
-    whole = _padded(columns)
-    first = whole // 2
-    if first < 16 or columns - first > first // 2:
-        return whole, 0
-    return first, _padded(columns - first)
-
-
-def refusal(x: Tensor, weights: Sequence) -> str | None:
-    """Why this backend cannot run the op on `x` and the `PackedWeights`, or None."""
-    if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
-        return f"it needs a GPU or, on a CPU, TRITON_INTERPRET=1 at import; x is on {x.device}"
-    if x.dtype not in _DTYPES:
-        return f"it computes in float32, bfloat16 or float16; x is {x.dtype}"
-    for name in ("w_down", "b_down", "w_score", "b_score", "w_out"):
-        weight = getattr(weights, name)
-        if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
-            return f"{name} is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}"
-    padded = sum(_column_blocks(sum(weights.sizes))) + _padded(len(weights.sizes))
-    if padded > _MAX_COLUMNS:
-        return (
-            f"its row block holds {_MAX_COLUMNS} columns of bottlenecks and scores in registers; "
-            f"sizes {list(weights.sizes)} take {padded}"
-        )
-    return None
-
-
-@functools.cache
-def _target(device: torch.device) -> GPUTarget | None:
-    """What the kernel is compiled for on a device; None in the interpreter."""
-    if _INTERPRETED:
-        return None
-    with torch.cuda.device(device):
-        return triton.runtime.driver.active.get_current_target()
-
-
-def _schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:
-    """Block sizes, warps and stages, from registers and spills of compiled code; never timed."""
-    if target is not None and dtype == torch.float32:
-        # plain FMAs: the operands too lie in registers, 64 rows spill kilobytes
-        rows, k, h, warps, stages = 16, 16, 32, 8, 2
-    elif target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10)):
-        rows, k, h, warps, stages = 64, 32, 64, 8, 3
-    elif target.backend == "cuda":
-        # mma.sync in a chain of products: each warp takes 16 rows of all columns, so four warps
-        rows, k, h, warps, stages = 64, 16, 64, 4, 3
-    else:
-        rows, k, h, warps, stages = 64, 32, 64, 4, 2  # 64 KiB of LDS
-    return {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """The tensor with its last dimension contiguous."""
-    if tensor is None or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+        tl.store(out_tile, cast(out, DTYPE, INTERPRETED), mask=mask_th)
 
 
 def launch_arguments(
@@ -416,24 +257,24 @@ def launch_arguments(
     p_shape = [0] if w_score is None else [num_rows, len(sizes)]
     p = x[0].new_empty(p_shape, dtype=torch.float32)
     if len(x) == 1:
-        inputs = _rows(x[0]).unsqueeze(0)
+        inputs = contiguous_rows(x[0]).unsqueeze(0)
     else:
         inputs = torch.stack(list(x))
         query = x[0] if query is None else query
-    query, residual = _rows(query), _rows(residual)
-    block_d, block_r = _column_blocks(sum(sizes))
+    query, residual = contiguous_rows(query), contiguous_rows(residual)
+    block_d, block_r = column_blocks(sum(sizes))
     return {
         "x_ptr": inputs,
         "query_ptr": query,
         "residual_ptr": residual,
         "w_down_ptr": w_down.contiguous(),
         "b_down_ptr": b_down.contiguous(),
-        "w_score_ptr": _contiguous(w_score),
-        "b_score_ptr": _contiguous(b_score),
+        "w_score_ptr": contiguous(w_score),
+        "b_score_ptr": contiguous(b_score),
         "w_out_ptr": w_out.contiguous(),
         "temperature_ptr": temperature,
-        "mask_ptr": _contiguous(mask),
-        "offset_ptr": _contiguous(score_offset),
+        "mask_ptr": contiguous(mask),
+        "offset_ptr": contiguous(score_offset),
         "out_ptr": out,
         "p_ptr": p,
         "num_rows": num_rows,
@@ -448,9 +289,9 @@ def launch_arguments(
         "NUM_INPUTS": len(x),
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
-        "BLOCK_N": _padded(len(sizes)),
-        "INTERPRETED": _INTERPRETED,
-        **_schedule(x[0].dtype, target),
+        "BLOCK_N": padded(len(sizes)),
+        "INTERPRETED": INTERPRETED,
+        **schedule(x[0].dtype, target),
     }
 
 
@@ -472,7 +313,7 @@ def adapter_fusion(
     """See `fastfusion.ops.adapter_fusion`."""
     arguments = launch_arguments(
         x, query, residual, w_down, b_down, w_score, b_score, w_out, temperature, mask,
-        score_offset, sizes, activations, _target(x[0].device),
+        score_offset, sizes, activations, target_of(x[0].device),
     )  # fmt: skip
     out, p = arguments["out_ptr"], arguments["p_ptr"]
     if out.numel() > 0:

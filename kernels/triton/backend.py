@@ -1,0 +1,48 @@
+"""The "triton" backend of the ops: its functions by name, and what it refuses."""
+
+from torch import Tensor
+
+from fastfusion.ops.torch_backend import (
+    adapter_fusion_backward,
+    adapter_fusion_grouped_backward,
+    adapter_fusion_norm_backward,
+)
+from fastfusion.ops.weights import GroupedWeights, PackedWeights
+
+from .adapter_fusion import adapter_fusion, adapter_fusion_norm
+from .grouped import adapter_fusion_grouped, widest
+from .tiles import DTYPES, INTERPRETED, MAX_COLUMNS, column_blocks, padded
+
+__all__ = [
+    "adapter_fusion",
+    "adapter_fusion_backward",
+    "adapter_fusion_grouped",
+    "adapter_fusion_grouped_backward",
+    "adapter_fusion_norm",
+    "adapter_fusion_norm_backward",
+    "refusal",
+]
+
+
+def refusal(x: Tensor, weights: PackedWeights | GroupedWeights) -> str | None:
+    """Why this backend cannot run a mixture of this input and these weights, or None."""
+    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
+        return f"it needs a GPU or, on a CPU, TRITON_INTERPRET=1 at import; x is on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"it computes in float32, bfloat16 or float16; x is {x.dtype}"
+    for name, weight in weights._asdict().items():
+        if not isinstance(weight, Tensor) or name == "temperature":
+            continue
+        if weight.dtype != x.dtype or weight.device != x.device:
+            return f"{name} is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}"
+    sizes = list(weights.sizes)
+    counts = list(weights.counts) if isinstance(weights, GroupedWeights) else [len(sizes)]
+    columns, adapters = widest(sizes, counts)
+    taken = sum(column_blocks(columns)) + padded(adapters)
+    if taken > MAX_COLUMNS:
+        in_groups = f" in groups of {counts}" if len(counts) > 1 else ""
+        return (
+            f"its row block holds {MAX_COLUMNS} columns of bottlenecks and scores in registers; "
+            f"sizes {sizes}{in_groups} take {taken}"
+        )
+    return None

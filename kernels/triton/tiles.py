@@ -1,0 +1,155 @@
+"""What the kernels share: activations, roundings, products of tiles, block sizes and schedules."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from fastfusion.ops.activations import activation_code
+from triton.backends.compiler import GPUTarget
+
+LINEAR = tl.constexpr(activation_code("linear"))
+RELU = tl.constexpr(activation_code("relu"))
+GELU = tl.constexpr(activation_code("gelu"))
+GELU_NEW = tl.constexpr(activation_code("gelu_new"))
+SILU = tl.constexpr(activation_code("silu"))
+TANH = tl.constexpr(activation_code("tanh"))
+SIGMOID = tl.constexpr(activation_code("sigmoid"))
+LEAKY_RELU = tl.constexpr(activation_code("leaky_relu"))
+
+
+@triton.jit
+def _tanh(x):
+    # the quotient loses the low bits of small x, the series (to x^9) is exact to fp32 below 1/4
+    e = tl.exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - e) / (1.0 + e)
+    y = x * x
+    series = 1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def activation(x, CODE: tl.constexpr):
+    if CODE == RELU:
+        return tl.where(x < 0, 0.0, x)  # a NaN stays one
+    elif CODE == GELU:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif CODE == GELU_NEW:
+        # (1 + tanh(u)) / 2 = sigmoid(2u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif CODE == SILU:
+        return x * tl.sigmoid(x)
+    elif CODE == TANH:
+        return _tanh(x)
+    elif CODE == SIGMOID:
+        return tl.sigmoid(x)
+    elif CODE == LEAKY_RELU:
+        return tl.where(x < 0, 0.01 * x, x)
+    else:
+        tl.static_assert(CODE == LINEAR, "an activation that this kernel has not")
+        return x
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """An fp32 `x` in DTYPE, rounded to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts the low bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the raw bits of bf16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_rows(
+    a, w_ptr, rows, mask_rows, cols, mask_cols, acc,
+    H: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
+    tile = w_ptr + rows[:, None] * H + cols[None, :]
+    w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
+    return dot(a, tl.trans(w) if TRANSPOSED else w, acc, INTERPRETED)
+
+
+@triton.jit
+def dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a @ one_hot for an fp32 `a`, on the matrix units if SPLIT."""
+    if SPLIT:
+        one_hot = one_hot.to(tl.float32).to(tl.bfloat16)
+        high = cast(a, tl.bfloat16, INTERPRETED)
+        low = cast(a - high.to(tl.float32), tl.bfloat16, INTERPRETED)
+        acc = dot(high, one_hot, acc, INTERPRETED)
+        return dot(low, one_hot, acc, INTERPRETED)
+    return dot(a, one_hot.to(tl.float32), acc, INTERPRETED)
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, offs, mask):
+    return acc + tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+INTERPRETED = not isinstance(dot, triton.JITFunction)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
+# scores) nothing spills on sm_90 and little on sm_80 (56 bytes; over groups 328), outside the loops
+# over H; with 256 both spill, sm_80 in such a loop (compiled with Triton 3.9).
+MAX_COLUMNS = 192 + 16
+
+
+def padded(size: int) -> int:
+    """The block that holds `size` entries: a power of two that a matrix product can take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def column_blocks(columns: int) -> tuple[int, int]:
+    """Two blocks that hold the columns (144: 128 and 16; 256 would nearly double the work), or one
+    and 0 where two are no narrower."""
+    whole = padded(columns)
+    first = whole // 2
+    if first < 16 or columns - first > first // 2:
+        return whole, 0
+    return first, padded(columns - first)
+
+
+@functools.cache
+def target_of(device: torch.device) -> GPUTarget | None:
+    """What the kernel is compiled for on a device; None in the interpreter."""
+    if INTERPRETED:
+        return None
+    with torch.cuda.device(device):
+        return triton.runtime.driver.active.get_current_target()
+
+
+def schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:
+    """Block sizes, warps and stages, from registers and spills of compiled code; never timed."""
+    if target is not None and dtype == torch.float32:
+        # plain FMAs: the operands too lie in registers, 64 rows spill kilobytes
+        rows, k, h, warps, stages = 16, 16, 32, 8, 2
+    elif target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10)):
+        rows, k, h, warps, stages = 64, 32, 64, 8, 3
+    elif target.backend == "cuda":
+        # mma.sync in a chain of products: each warp takes 16 rows of all columns, so four warps
+        rows, k, h, warps, stages = 64, 16, 64, 4, 3
+    else:
+        rows, k, h, warps, stages = 64, 32, 64, 4, 2  # 64 KiB of LDS
+    return {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
+
+
+def contiguous_rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with its last dimension contiguous."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
