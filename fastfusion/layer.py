@@ -196,9 +196,9 @@ class AdapterLayer:
         step, mixture = lane.steps[-1], lane.steps[-1].mixture
         if (
             not around.is_literal
+            and step.is_one_mixture()
             # the op makes this pre step, not those of blocks around it
             and step.pre == mixture.adapters[-1:]
-            and step.is_one_mixture()
             and mixture.takes_norm(state.hidden, around.layer_norm)
         ):
             mask = None

@@ -498,7 +498,7 @@ def call_op(**changed):
 def test_the_messages_name_no_build_directory():
     with pytest.raises(RuntimeError) as error:
         call_op(residual=torch.zeros(1, 8))
-    assert " csrc/cpu/adapter_fusion.cpp:" in str(error.value)
+    assert " csrc/cpu/tensors.h:" in str(error.value)
 
 
 def test_without_the_extension_the_import_says_why():

@@ -65,9 +65,11 @@ Mixture describe(const Weights& w, const std::vector<int64_t>& sizes,
   STD_TORCH_CHECK(!sizes.empty() && sizes.size() == activations.size(),
                   "expected one activation per size; got ", sizes.size(), " sizes and ",
                   activations.size(), " activations");
-  Mixture m = lay_out(sizes.data(), activations.data(), static_cast<int64_t>(sizes.size()));
-  STD_TORCH_CHECK(m.columns == w.w_down.size(0), "sizes: expected the sum ", w.w_down.size(0),
+  int64_t rest = w.w_down.size(0);
+  for (const int64_t size : sizes) rest = size < 0 || size > rest ? -1 : rest - size;
+  STD_TORCH_CHECK(rest == 0, "sizes: expected none below 0 and the sum ", w.w_down.size(0),
                   " (w_down's rows); got ", text(sizes));
+  Mixture m = lay_out(sizes.data(), activations.data(), static_cast<int64_t>(sizes.size()));
   m.scored = w.w_score.has_value();
   STD_TORCH_CHECK(m.scored == w.b_score.has_value(), "w_score and b_score: expected both or none");
 
