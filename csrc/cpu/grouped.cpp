@@ -98,6 +98,13 @@ struct Tables {
                     "order: expected row numbers below ", rows);
   }
   const int32_t* indices() const { return data<int32_t>(order); }
+  // entries without rows end the list
+  int64_t num_blocks() const {
+    const int32_t* entries = data<int32_t>(blocks);
+    int64_t count = 0;
+    while (count < blocks.size(0) && entries[3 * count + 2] > 0) ++count;
+    return count;
+  }
   int64_t max_block_rows() const {
     int32_t most = 1;
     for (int64_t i = 0; i < blocks.size(0); ++i) most = std::max(most, data<int32_t>(blocks)[3 * i + 2]);
@@ -179,28 +186,32 @@ std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor ord
     const Matrix<T> add = residual ? matrix<T>(*residual) : Matrix<T>{};
     const int64_t buffer_size = block_rows * (width + layout.max_width + 64 / sizeof(T));
     const int64_t scratch_size = layout.max_columns + 2 * std::max<int64_t>(layout.max_width, 1);
-    torch::stable::parallel_for(0, blocks.size(0), 1, [&](int64_t begin, int64_t end) {
+    // every n-th block to each thread: neighbours belong to groups of one size
+    const int64_t num_blocks = tables.num_blocks();
+    const int64_t threads = std::min<int64_t>(num_blocks, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> buffer(buffer_size);
       std::vector<float> scratch(scratch_size);
-      for (int64_t i = begin; i < end; ++i) {
-        const int32_t* entry = data<int32_t>(blocks) + 3 * i;
-        const Block block{entry[0], entry[1], entry[2]};
-        if (block.rows == 0) continue;
-        STD_TORCH_CHECK(block.group < num_groups && block.first >= 0 && block.rows > 0 &&
-                            block.first <= total - block.rows,
-                        "blocks: expected groups below ", num_groups, " and rows below ", total);
-        const int32_t* index = tables.indices() + block.first;
-        const Rows<T> own_out{to, index, block.rows}, own_add{add, index, block.rows};
-        if (block.group < 0) {
-          for (int64_t row = 0; row < block.rows; ++row) {
-            if (residual) std::copy_n(own_add.row(row), width, own_out.row(row));
-            else std::fill_n(own_out.row(row), width, T{});
+      for (int64_t thread = begin; thread < end; ++thread) {
+        for (int64_t i = thread; i < num_blocks; i += threads) {
+          const int32_t* entry = data<int32_t>(blocks) + 3 * i;
+          const Block block{entry[0], entry[1], entry[2]};
+          STD_TORCH_CHECK(block.group < num_groups && block.first >= 0 && block.rows > 0 &&
+                              block.first <= total - block.rows,
+                          "blocks: expected groups below ", num_groups, " and rows below ", total);
+          const int32_t* index = tables.indices() + block.first;
+          const Rows<T> own_out{to, index, block.rows}, own_add{add, index, block.rows};
+          if (block.group < 0) {
+            for (int64_t row = 0; row < block.rows; ++row) {
+              if (residual) std::copy_n(own_add.row(row), width, own_out.row(row));
+              else std::fill_n(own_out.row(row), width, T{});
+            }
+            continue;
           }
-          continue;
+          forward_block<T>(layout.groups[block.group], w, {from, index, block.rows}, own_add,
+                           own_out, data<float>(mask), data<float>(p), layout.max_adapters,
+                           buffer.data(), scratch.data());
         }
-        forward_block<T>(layout.groups[block.group], w, {from, index, block.rows}, own_add,
-                         own_out, data<float>(mask), data<float>(p), layout.max_adapters,
-                         buffer.data(), scratch.data());
       }
     });
   });
