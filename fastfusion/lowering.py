@@ -165,9 +165,6 @@ class _Lowering:
         """
         first = self.first(block)
         if first is None:
-            if isinstance(block, Parallel):
-                # the batch is copied here or was: BatchSplits beside it count one copy's rows
-                self._parts(block, region)
             return
         if isinstance(block, str):
             self.append(region, Stage((Branch(block),), pre=pre))

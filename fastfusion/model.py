@@ -700,11 +700,6 @@ class ModelAdaptersMixin:
             numbers = rows.checked_numbers(
                 given["adapter_ids"], len(table.setups), "adapter_ids", shape
             )
-            if rows.can_look_at(numbers) and torch.is_grad_enabled():
-                # setups of no row must get no gradients, not zeros
-                used, numbers = numbers.unique(return_inverse=True)
-                setups = tuple(table.setups[number] for number in used.tolist())
-                return {"row_setups": setups, "row_numbers": numbers}
             return {"row_setups": table.setups, "row_numbers": numbers}
         (setup,) = self._setups(None)
         is_active = AdapterSetup.get_context() is None

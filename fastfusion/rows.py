@@ -88,7 +88,7 @@ def row_numbers(
     return distinct, torch.tensor([number[setup] for setup in setups])
 
 
-def can_look_at(numbers: Tensor) -> bool:
+def _can_look_at(numbers: Tensor) -> bool:
     """Whether a value can be read without a wait for a GPU or a break in a compiled graph."""
     return numbers.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -110,7 +110,7 @@ def checked_numbers(numbers: Any, count: int, argument: str, shape: Shape | None
         raise ValueError(
             f"{argument}: expected integers [{rows}]; got {tensor.dtype} {list(tensor.shape)}"
         )
-    if not can_look_at(tensor):
+    if not _can_look_at(tensor):
         # where the values cannot be looked at, none may reach beyond the table
         return tensor.clamp(0, count - 1)
     if tensor.numel():

@@ -350,7 +350,6 @@ def test_a_setup_for_each_row(case):
     case.check()
 
 
-@pytest.mark.xfail(strict=True, reason="layer._run_whole takes the pre step of the wrong adapter")
 @pytest.mark.parametrize(
     "setup",
     [

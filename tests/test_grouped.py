@@ -28,6 +28,8 @@ GROUPS = [
     ((3, 1, 6), ("silu", "relu", "relu"), True),
     ((8,), ("gelu_new",), True),
     ((2,), ("sigmoid",), False),
+    # more adapters than any group with attention has: the mask is narrower
+    ((2, 1, 2, 1), ("relu", "relu", "silu", "relu"), False),
 ]
 # groups of more columns than one block of the triton backend has, beside narrow ones
 WIDE = [
@@ -47,7 +49,7 @@ ROWS = {
     "none": [],
     "one": [2],
     "all-base": [-1] * 9,
-    "in-order": [0] * 40 + [1] * 3 + [2] * 70 + [-1] * 5 + [3] * 33,
+    "in-order": [5] * 6 + [0] * 40 + [1] * 3 + [2] * 70 + [-1] * 5 + [3] * 33,
     "one-group": [2] * 300,
     "long": [g for g in (2, 0, 2, -1, 1) for _ in range(130)],
 }
@@ -341,8 +343,8 @@ def test_the_same_bits_every_time(backend):
         (dict(groups=torch.zeros(2)), r"groups: expected torch.int32; got torch.float32"),
         (dict(residual=torch.zeros(2, 5)), r"residual: expected \[2, 37\]; got \[2, 5\]"),
         (dict(mask=torch.zeros(2, 4)), r"mask: expected \[2, 3\]; got \[2, 4\]"),
-        (dict(w_in=torch.zeros(5, 37)), r"w_in: expected \[68, 37\]; got \[5, 37\]"),
-        (dict(w_out=torch.zeros(5, 37)), r"w_out: expected \[64, 37\]; got \[5, 37\]"),
+        (dict(w_in=torch.zeros(5, 37)), r"w_in: expected \[74, 37\]; got \[5, 37\]"),
+        (dict(w_out=torch.zeros(5, 37)), r"w_out: expected \[80, 37\]; got \[5, 37\]"),
     ],
 )
 def test_wrong_arguments(change, message):
@@ -362,5 +364,5 @@ def test_groups_out_of_range(backend, wrong):
         pytest.skip("a GPU's ids are not checked")
     x, residual, _, _ = inputs(2, torch.float32)
     groups = ids([0, wrong])
-    with pytest.raises((ValueError, RuntimeError), match="ids: expected groups from -1 to 4"):
+    with pytest.raises((ValueError, RuntimeError), match="ids: expected groups from -1 to 5"):
         adapter_fusion_grouped(x, residual, groups, stack(packs(torch.float32)), backend=backend)
