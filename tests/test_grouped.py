@@ -40,7 +40,7 @@ WIDE = [
 ]
 # rounding of the dtype, through three products and a softmax
 TOLERANCE = {
-    torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3,
+    torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 2.5e-3,
 }  # fmt: skip
 # Not for the others: on AMX, PyTorch's bf16 products read columns behind the last one and multiply
 # them with zero; in the C++ backend's buffers nobody has written those.
