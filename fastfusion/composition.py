@@ -169,12 +169,12 @@ def _sizes(kind: str, argument: str, sizes: Sequence[int] | int, count: int) -> 
 
 
 class Split(AdapterCompositionBlock):
-    """One part of the sequence for each child.
+    """One part of the sequence for each child, counted from the start of a key-value cache.
 
     Args:
         children: adapter names, or Split, Stack, BatchSplit or Average blocks.
         splits: the parts' lengths in tokens, or one length for all; their sum must be the length of
-            every input.
+            every input, with what its cache holds.
         split_index: in place of `splits`, with two children: where the second one begins. The
             length is open.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .composition import AdapterCompositionBlock, BatchSplit, Setup, parse_composition
@@ -103,6 +104,7 @@ class ForwardContext:
             `[adapter][layer][location]`.
         row_setups: distinct setups, one of which each row has.
         row_numbers: [B], integers: which of `row_setups`, or of a MultiTask's children, a row has.
+        past: tokens before those of the forward, in its key-value cache.
     """
 
     ARGUMENTS = ("output_adapter_fusion_attentions", "output_adapter_gating_scores")
@@ -114,11 +116,14 @@ class ForwardContext:
         output_adapter_gating_scores: bool = False,
         row_setups: tuple[AdapterCompositionBlock | None, ...] | None = None,
         row_numbers: Tensor | None = None,
+        past: int = 0,
     ):
         self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
         self.output_adapter_gating_scores = output_adapter_gating_scores
         self.row_setups = row_setups
         self.row_numbers = row_numbers
+        self.past = past
+        self._moved_numbers = row_numbers
         self._records: dict[str, dict] = {}
         self._outer: ForwardContext | None = None
 
@@ -137,7 +142,15 @@ class ForwardContext:
 
     def silent(self) -> "ForwardContext":
         """The same rows, and nothing to report."""
-        return ForwardContext(row_setups=self.row_setups, row_numbers=self.row_numbers)
+        return ForwardContext(
+            row_setups=self.row_setups, row_numbers=self.row_numbers, past=self.past
+        )
+
+    def row_numbers_on(self, device: torch.device) -> Tensor:
+        """The row numbers on a device, moved there once."""
+        if self._moved_numbers.device != device:
+            self._moved_numbers = self.row_numbers.to(device)
+        return self._moved_numbers
 
     def record(self, output: str, name: str, layer_idx: int, location: str, value: Tensor) -> None:
         """Note a value of one place, detached: no copy and no wait for the device.

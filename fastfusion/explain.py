@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from .lanes import BoundLane, BoundPlan
+from .lanes import BoundLane, BoundPlan, obstacle
 from .layer import AdapterLayer
 from .lowering import Interval, Stage
 from .steps import Step
@@ -33,8 +33,8 @@ class AdapterPlan:
 
         Returns:
             For each plan its lanes (rows, tokens, stages with the multiply-adds of their products a
-            token, twice that in flops) and how it runs: in one call of the op per stage, or lane by
-            lane and why.
+            token, twice that in flops), how many calls they take together, and which stage has one
+            of its own and why.
         """
         texts: dict[str, list[AdapterLayer]] = {}
         for layer, plan in self.places:
@@ -48,15 +48,12 @@ class AdapterPlan:
         if not any(lane.steps for lane in plan.lanes):
             return "no adapters"
         if plan.plan.is_whole:
-            return f"one lane\n{self._lane(plan.lanes[0])}"
-        if plan.obstacle is None:
-            way = "one call of the op per stage"
-        else:
-            way = f"lane by lane, because of {plan.obstacle}"
+            return f"one lane\n{self._lane(plan.lanes[0], is_only=True)}"
         lanes = "\n".join(self._lane(lane) for lane in plan.lanes)
-        return f"{len(plan.lanes)} lanes, {way}\n{lanes}"
+        calls = plan.num_calls
+        return f"{len(plan.lanes)} lanes in {calls} {'call' if calls == 1 else 'calls'}\n{lanes}"
 
-    def _lane(self, lane: BoundLane) -> str:
+    def _lane(self, lane: BoundLane, is_only: bool = False) -> str:
         region = lane.region
         parts = [
             "" if region.task is None else f"rows numbered {region.task}",
@@ -65,12 +62,17 @@ class AdapterPlan:
             "" if region.tokens == (0, None) else f"tokens {_interval(region.tokens)}",
         ]
         where = ", ".join(filter(None, parts)) or "all rows and tokens"
-        return f"  {where}: " + (" -> ".join(map(self._step, lane.steps)) or "as without adapters")
+        steps = [self._step(step, is_only) for step in lane.steps]
+        return f"  {where}: {' -> '.join(steps) or 'as without adapters'}"
 
-    def _step(self, step: Step) -> str:
+    def _step(self, step: Step, is_only: bool) -> str:
+        alone = None if is_only else obstacle(step)
+        return self._stage(step) + ("" if alone is None else f" (in a call of its own: {alone})")
+
+    def _stage(self, step: Step) -> str:
         if step.mixture is None:
             children = [
-                " and ".join(" -> ".join(map(self._step, lane.steps)) for lane in plan.lanes)
+                " and ".join(" -> ".join(map(self._stage, lane.steps)) for lane in plan.lanes)
                 for plan in step.plans
             ]
             return f"average of [{'; '.join(children)}]"
@@ -78,10 +80,11 @@ class AdapterPlan:
         # down and up, and with attention the scores' product
         products = 2 if step.stage.fusion is None else 3
         cost = products * columns * self.hidden_size
-        return f"{_stage(step.stage)} [{columns} columns, {cost / 1e3:.0f} k multiply-adds]"
+        text = f"{cost / 1e3:.3g} k" if cost >= 1e3 else cost
+        return f"{_mixture(step.stage)} [{columns} columns, {text} multiply-adds]"
 
 
-def _stage(stage: Stage) -> str:
+def _mixture(stage: Stage) -> str:
     names = []
     for branch in stage.branches:
         before = "".join(f"{name} -> " for name in branch.before or ())

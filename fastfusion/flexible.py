@@ -21,7 +21,7 @@ from .context import AdapterSetup, ForwardContext
 from .heads import FlexibleHeadsMixin, HeadRows, Heads, consecutive_rows, head_names
 from .model import ModelAdaptersMixin, init
 from .patching import ARCHITECTURES, architecture_of
-from .rows import BASE, input_shape
+from .rows import BASE, can_look_at, input_shape
 
 
 class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
@@ -203,7 +203,7 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         order = range(len(setups))
         # on a GPU nobody waits for the numbers, unless the order asks for them
         used = order
-        if not has_table or numbers.device.type == "cpu":
+        if not has_table or can_look_at(numbers):
             used = list(dict.fromkeys(numbers.tolist()))
         for i in used:
             if not isinstance(heads[i], str):
@@ -213,6 +213,9 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
                 )
         names = dict.fromkeys(heads[i] for i in (order if has_table else used))
         names = [name for name in names if isinstance(name, str)]
+        if set(heads) == set(names) and len(names) == 1:
+            # all rows, whatever the numbers: a compiled graph may have no size that depends on them
+            return [HeadRows(names[0], torch.arange(len(numbers), device=numbers.device))]
         places = [names.index(name) if name in names else -1 for name in heads]
         place_of_row = torch.tensor(places, device=numbers.device)[numbers.long()]
         return [

@@ -1,8 +1,8 @@
-"""A plan with its modules: stage k of all lanes in one call of the op, or one stage by one."""
+"""A plan with its modules: what lanes have ready at the same time, in one call of the op."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from .context import ForwardContext
 from .lowering import Plan, Region
 from .mixture import Mixture, MixtureGroup, compute_dtype
 from .modules import Adapter
+from .rows import can_look_at
 from .steps import Around, State, Step
 
 
@@ -33,10 +34,12 @@ class BoundLane(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Where a lane's rows and tokens lie in the hidden states."""
+    """Where a region's rows and tokens lie in the hidden states."""
 
     rows: slice | Tensor
     tokens: slice
+    own: Tensor | None = None
+    """[rows], which of the rows are the region's, where sizes may not depend on it; None: all."""
 
     def of(self, value: Tensor) -> Tensor:
         """That part of a tensor [B, S, ...]."""
@@ -44,6 +47,8 @@ class Part(NamedTuple):
 
     def put(self, value: Tensor, whole: Tensor) -> Tensor:
         """The whole with this part replaced; under autocast in the wider of the two types."""
+        if self.own is not None:
+            value = torch.where(self.own.view(-1, 1, 1), value, self.of(whole))
         if value.shape == whole.shape:
             return value
         whole = whole.to(torch.promote_types(value.dtype, whole.dtype), copy=True)
@@ -59,6 +64,9 @@ class Part(NamedTuple):
         value: Tensor,
     ) -> None:
         """Report a value of this part as one of all rows, and tokens, with zeros beside it."""
+        if self.own is not None:
+            own = self.own.view(-1, *[1] * (value.dim() - 1))
+            value = torch.where(own, value, torch.zeros_like(value))
         if output == "adapter_fusion_attentions":
             whole = value.new_zeros(*shape[:2], *value.shape[2:])
             whole[self.rows, self.tokens] = value
@@ -82,11 +90,27 @@ class LaneTable:
         return self._values[lane_numbers]
 
 
-class GroupedStage:
-    """One stage of all lanes, in one call of the op.
+class Call(Protocol):
+    """A part of what a plan runs."""
+
+    def can_run_now(self) -> bool:
+        """Whether it computes what the modules ask for in their present modes."""
+
+    def run(self, state: State, lane_numbers: Tensor | None, around: Around) -> Tensor:
+        """The hidden states behind it.
+
+        Args:
+            state: of all lanes.
+            lane_numbers: [B, S], or None where no call of the plan needs them.
+            around: of all lanes.
+        """
+
+
+class GroupedCall:
+    """Steps of several lanes, one of each at most, in one call of the op.
 
     Args:
-        steps: each lane's, or None where it has none any more.
+        steps: each lane's, or None where it has none now.
         make_group: from the distinct mixtures to their group.
     """
 
@@ -95,57 +119,97 @@ class GroupedStage:
         steps: Sequence[Step | None],
         make_group: Callable[[list[Mixture]], MixtureGroup],
     ):
-        self.steps = list(steps)
-        present = [step for step in steps if step is not None]
-        mixtures = list(dict.fromkeys(step.mixture for step in present))
-        self.group = make_group(mixtures)
+        self._steps = [step for step in steps if step is not None]
+        mixtures = list(dict.fromkeys(step.mixture for step in self._steps))
+        self._group = make_group(mixtures)
         numbers = [-1 if s is None else mixtures.index(s.mixture) for s in steps]
-        self.groups = LaneTable(numbers)
-        self.has_base_rows = -1 in numbers
-        self.fusions = {
-            mixtures.index(step.mixture): step for step in present if step.stage.fusion is not None
+        self._groups = LaneTable(numbers)
+        self._has_base_rows = -1 in numbers
+        self._fusions = {
+            mixtures.index(step.mixture): step
+            for step in self._steps
+            if step.stage.fusion is not None
         }
         # steps whose pre steps do the same need them once
-        self.pres = list({_pre_kind(step): step for step in present}.values())
-        kinds = [_pre_kind(step) for step in self.pres]
-        self.pre_numbers = LaneTable(
+        self._pres = list({_pre_kind(step): step for step in self._steps}.values())
+        kinds = [_pre_kind(step) for step in self._pres]
+        self._pre_numbers = LaneTable(
             [-1 if s is None else kinds.index(_pre_kind(s)) for s in steps]
         )
-        self.is_parallel = present[0].mixture.config["is_parallel"]
+        is_parallel = [s is not None and bool(s.mixture.config["is_parallel"]) for s in steps]
+        self._parallel = LaneTable(list(map(int, is_parallel))) if any(is_parallel) else None
 
-    def run(self, state: State, lane_numbers: Tensor, around: Around) -> State:
-        """The state behind the stage; lanes without a step keep theirs."""
-        groups = self.groups.at(lane_numbers)
+    def can_run_now(self) -> bool:
+        fusions = [step.mixture.fusion for step in self._fusions.values()]
+        dropouts = {fusion.dropout if fusion.training else 0.0 for fusion in fusions}
+        return all(step.is_one_mixture() for step in self._steps) and len(dropouts) <= 1
+
+    def run(self, state: State, lane_numbers: Tensor, around: Around) -> Tensor:
+        groups = self._groups.at(lane_numbers)
         before = state
-        state = self.pres[0].run_pre(before, around)[0]
-        for i, step in enumerate(self.pres[1:], 1):
-            own = self.pre_numbers.at(lane_numbers) == i
+        state = self._pres[0].run_pre(before, around)[0]
+        for i, step in enumerate(self._pres[1:], 1):
+            own = self._pre_numbers.at(lane_numbers) == i
             other = step.run_pre(before, around)[0]
             chosen = own.unsqueeze(-1)
             state = State(*map(functools.partial(torch.where, chosen), other, state))
-        kept = torch.zeros_like(state.residual) if self.is_parallel else state.residual
-        if self.has_base_rows and kept is not before.hidden:
+        kept = state.residual
+        if self._parallel is not None:
+            is_parallel = self._parallel.at(lane_numbers).bool().unsqueeze(-1)
+            kept = torch.where(is_parallel, torch.zeros_like(kept), kept)
+        if self._has_base_rows and kept is not before.hidden:
             kept = torch.where((groups < 0).unsqueeze(-1), before.hidden, kept)
         mask = None
-        if self.group.dropout:
-            widest = max(len(step.mixture.adapters) for step in self.fusions.values())
+        if self._group.dropout:
+            widest = max(len(step.mixture.adapters) for step in self._fusions.values())
             ones = state.hidden.new_ones(*state.hidden.shape[:-1], widest)
-            mask = F.dropout(ones, self.group.dropout)
-        hidden, attention = self.group.run(state.hidden, kept, groups.flatten(), mask)
+            mask = F.dropout(ones, self._group.dropout)
+        hidden, attention = self._group.run(state.hidden, kept, groups.flatten(), mask)
         context = ForwardContext.get_context()
-        if context is None or not context.output_adapter_fusion_attentions:
-            return State(hidden, state.residual)
-        for number, step in self.fusions.items():
-            own = (groups == number).unsqueeze(-1)
-            step.report(attention[..., : len(step.mixture.adapters)] * own, around)
-        return State(hidden, state.residual)
+        if context is not None and context.output_adapter_fusion_attentions:
+            for number, step in self._fusions.items():
+                own = (groups == number).unsqueeze(-1)
+                step.report(attention[..., : len(step.mixture.adapters)] * own, around)
+        return hidden
 
-    def is_groupable_now(self) -> bool:
-        """Whether no step has, in its present mode, anything that packed weights cannot hold."""
-        steps = [step for step in self.steps if step is not None]
-        fusions = [step.mixture.fusion for step in self.fusions.values()]
-        dropouts = {fusion.dropout if fusion.training else 0.0 for fusion in fusions}
-        return all(step.is_one_mixture() for step in steps) and len(dropouts) <= 1
+
+class LoneCall:
+    """One stage on its whole region: what it does to a token may depend on all others there.
+
+    Args:
+        region: where it runs.
+        step: the stage with its modules.
+    """
+
+    def __init__(self, region: Region, step: Step):
+        self._region = region
+        self._step = step
+
+    def can_run_now(self) -> bool:
+        return True
+
+    def run(self, state: State, _: Tensor | None, around: Around) -> Tensor:
+        shape = state.hidden.shape
+        part = self._part(shape, around)
+        own = part.of(state.hidden)
+        if own.numel() == 0:
+            return state.hidden
+        around = around._replace(
+            input=part.of(around.input),
+            record=functools.partial(part.record, around.record, shape),
+        )
+        behind = self._step.run(State(own, part.of(state.residual)), around)
+        return part.put(behind.hidden, state.hidden)
+
+    def _part(self, shape: torch.Size, around: Around) -> Part:
+        region = self._region
+        rows, tokens = _rows(region, shape[0], around.copies), _tokens(region, around.past)
+        if region.task is None:
+            return Part(rows, tokens)
+        own = _row_numbers(around.copies)[rows] == region.task
+        if not can_look_at(own):
+            return Part(rows, tokens, own.to(around.input.device))
+        return Part(torch.arange(shape[0])[rows][own], tokens)
 
 
 class BoundPlan:
@@ -168,18 +232,60 @@ class BoundPlan:
         self.plan = plan
         self.steps = list(steps)
         self.lanes = list(lanes)
-        self.obstacle = None if plan.is_whole else _obstacle(self.lanes)
-        self._stages: list[GroupedStage] = []
-        if not plan.is_whole and self.obstacle is None:
-            depth = max((len(lane.steps) for lane in lanes), default=0)
-            for i in range(depth):
-                steps = [lane.steps[i] if i < len(lane.steps) else None for lane in lanes]
-                self._stages.append(GroupedStage(steps, make_group))
+        lone: list[Call] = [
+            LoneCall(region, step) for (region, _), step in zip(plan.stages, steps, strict=True)
+        ]
+        self._lone_calls = lone
+        # with the fewest calls first, then what can run in training too
+        self._schedules: list[list[Call]] = []
+        if not plan.is_whole:
+            resting, training = (
+                [obstacle(step, is_training) is None for step in steps]
+                for is_training in (False, True)
+            )
+            for groupable in [resting, training] if training != resting else [resting]:
+                self._schedules.append(self._scheduled(groupable, lone, make_group))
         # lanes whose post steps do the same need them once
         self._posts = list({_post_kind(lane): lane for lane in self.lanes}.values())
         kinds = [_post_kind(lane) for lane in self._posts]
         self._post_numbers = LaneTable([kinds.index(_post_kind(lane)) for lane in self.lanes])
         self._layout: tuple | None = None
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls the stages of all lanes take, outside of training."""
+        return len(next(iter(self._schedules), self._lone_calls))
+
+    def _scheduled(
+        self,
+        groupable: Sequence[bool],
+        lone: Sequence[Call],
+        make_group: Callable[[list[Mixture]], MixtureGroup],
+    ) -> list[Call]:
+        """The calls, in order: a stage that needs one of its own as early as it can run, so that
+        the lanes behind it may join the next group."""
+        calls: list[Call] = []
+        ahead = [list(lane.stages) for lane in self.plan.lanes]
+        while any(ahead):
+            ready = sorted({stages[0] for stages in ahead if stages})
+            # it runs on its whole region, so every lane there must have come to it
+            alone = [
+                number
+                for number in ready
+                if not groupable[number] and not any(number in stages[1:] for stages in ahead)
+            ]
+            calls += [lone[number] for number in alone]
+            if alone:
+                now = set(alone)
+            else:
+                now = {number for number in ready if groupable[number]}
+                numbers = [
+                    stages[0] if stages[:1] and stages[0] in now else None for stages in ahead
+                ]
+                steps = [None if number is None else self.steps[number] for number in numbers]
+                calls.append(GroupedCall(steps, make_group))
+            ahead = [stages[1:] if stages[:1] and stages[0] in now else stages for stages in ahead]
+        return calls
 
     def run(self, state: State, around: Around, is_inner: bool) -> Tensor:
         """What leaves the lanes.
@@ -187,107 +293,90 @@ class BoundPlan:
         Args:
             is_inner: whether this is a child of an Average: no post step of its own.
         """
-        is_grouped = (
-            bool(self._stages)
-            and not around.is_literal
-            and compute_dtype(state.hidden) != torch.float16
-            and all(stage.is_groupable_now() for stage in self._stages)
-        )
-        if is_grouped:
-            return self._run_grouped(state, around, is_inner)
-        return self._run_one_by_one(state, around, is_inner)
-
-    def _run_grouped(self, state: State, around: Around, is_inner: bool) -> Tensor:
-        hidden, numbers = state.hidden, self._lane_numbers(state.hidden)
-        for stage in self._stages:
-            state = stage.run(state, numbers, around)
+        calls = self._lone_calls
+        if not around.is_literal and compute_dtype(state.hidden) != torch.float16:
+            for schedule in self._schedules:
+                if all(call.can_run_now() for call in schedule):
+                    calls = schedule
+                    break
+        needs_numbers = any(isinstance(call, GroupedCall) for call in calls)
+        numbers = None
+        if needs_numbers or (len(self._posts) > 1 and not is_inner):
+            numbers = self._lane_numbers(state.hidden, around)
+        hidden = state.hidden
+        for call in calls:
+            hidden = call.run(State(hidden, state.residual), numbers, around)
         if is_inner:
-            return state.hidden
-        out = self._posts[0].post(state.hidden, hidden, around)
+            return hidden
+        out = self._posts[0].post(hidden, state.hidden, around)
         for i, lane in enumerate(self._posts[1:], 1):
             own = (self._post_numbers.at(numbers) == i).unsqueeze(-1)
-            out = torch.where(own, lane.post(state.hidden, hidden, around), out)
+            out = torch.where(own, lane.post(hidden, state.hidden, around), out)
         return out
 
-    def _run_one_by_one(self, state: State, around: Around, is_inner: bool) -> Tensor:
-        current, shape = state.hidden, state.hidden.shape
-        for (region, _), step in zip(self.plan.stages, self.steps, strict=True):
-            part = self._part(region, shape)
-            own = part.of(current)
-            if own.numel() == 0:
-                continue
-            record = functools.partial(part.record, around.record, shape)
-            own_around = around._replace(input=part.of(around.input), record=record)
-            own_state = State(own, part.of(state.residual))
-            current = part.put(step.run(own_state, own_around).hidden, current)
-        if is_inner:
-            return current
-        if len(self._posts) == 1:
-            return self._posts[0].post(current, state.hidden, around)
-        out = current
-        for lane in self.lanes:
-            part = self._part(lane.region, shape)
-            own_around = around._replace(input=part.of(around.input))
-            result = lane.post(part.of(current), part.of(state.hidden), own_around)
-            out = part.put(result, out)
-        return out
-
-    def _part(self, region: Region, shape: torch.Size) -> Part:
-        """Where a region lies in hidden states [channels * B, S, H]."""
-        channels, tokens = self.plan.channels, slice(*region.tokens)
-        rows = _rows(region, shape[0], channels)
-        if region.channel is None and region.rows != (0, None) and channels > 1:
-            # the same rows of every copy of the batch
-            every = torch.arange(shape[0]).view(channels, -1)[:, slice(*region.rows)]
-            return Part(every.flatten(), tokens)
-        if region.task is None:
-            return Part(rows, tokens)
-        numbers = _row_numbers(self.plan)
-        (found,) = (numbers[rows] == region.task).nonzero(as_tuple=True)
-        return Part(found + rows.start, tokens)
-
-    def _lane_numbers(self, hidden: Tensor) -> Tensor:
-        """The number of each row's and token's lane, [channels * B, S]."""
+    def _lane_numbers(self, hidden: Tensor, around: Around) -> Tensor:
+        """The number of each row's and token's lane, [copies * B, S]."""
         size, length = hidden.shape[:2]
-        key = (size, length, hidden.device)
-        layout = self._layout
-        if layout is None or layout[0] != key:
-            # [tasks, rows, S]; one row stands for all where no lane cuts the batch
-            regions = [lane.region for lane in self.lanes]
-            cuts_batch = any(r.rows != (0, None) or r.channel is not None for r in regions)
-            table = torch.zeros(self.plan.tasks or 1, size if cuts_batch else 1, length).int()
-            for i, region in enumerate(regions):
-                tasks = slice(None) if region.task is None else region.task
-                rows = _rows(region, size, self.plan.channels) if cuts_batch else slice(None)
-                table[tasks, rows, slice(*region.tokens)] = i
-            # another thread may have put its own there meanwhile
-            layout = self._layout = key, table.to(hidden.device)
-        table = layout[1]
+        table = self._lane_table(size, length, around)
         if self.plan.tasks is None:
             return table[0].expand(size, length)
-        numbers = _row_numbers(self.plan).to(hidden.device)
+        numbers = _row_numbers(around.copies, hidden.device)
         rows = torch.arange(size, device=hidden.device) if table.shape[1] > 1 else 0
-        return table[numbers, rows]
+        return table[numbers, rows].expand(size, length)
+
+    def _lane_table(self, size: int, length: int, around: Around) -> Tensor:
+        """[tasks, copies * B, S]; one row or token stands for all where no lane cuts there."""
+        regions = [lane.region for lane in self.lanes]
+        size = size if any(r.rows != (0, None) or r.channel is not None for r in regions) else 1
+        length = length if any(r.tokens != (0, None) for r in regions) else 1
+        if torch.compiler.is_compiling():
+            # a graph that reads what is kept here would be traced again when that changes
+            return self._made_table(size, length, around)
+        key = size, length, around.copies, around.past, around.input.device
+        layout = self._layout
+        if layout is None or layout[0] != key:
+            # another thread may have put its own there meanwhile
+            layout = self._layout = key, self._made_table(size, length, around)
+        return layout[1]
+
+    def _made_table(self, size: int, length: int, around: Around) -> Tensor:
+        table = torch.zeros(self.plan.tasks or 1, size, length, dtype=torch.int32)
+        for i, lane in enumerate(self.lanes):
+            region = lane.region
+            tasks = slice(None) if region.task is None else region.task
+            rows, tokens = _rows(region, size, around.copies), _tokens(region, around.past)
+            table[tasks, rows, tokens] = i
+        return table.to(around.input.device)
 
 
-def _rows(region: Region, size: int, channels: int) -> slice:
+def _rows(region: Region, size: int, copies: int) -> slice | Tensor:
     """The rows of a region among `size`, its task aside."""
-    of_channel = size // channels
     start, end = region.rows
+    if region.channel is None and copies > 1 and region.rows != (0, None):
+        # the same rows of every copy of the batch
+        return torch.arange(size).view(copies, -1)[:, start:end].flatten()
     if region.channel is None:
         return slice(start, size if end is None else end)
-    offset = region.channel * of_channel
-    return slice(offset + start, offset + (of_channel if end is None else end))
+    of_copy = size // copies
+    offset = region.channel * of_copy
+    return slice(offset + start, offset + (of_copy if end is None else end))
 
 
-def _row_numbers(plan: Plan) -> Tensor:
+def _tokens(region: Region, past: int) -> slice:
+    """The tokens of a region among those behind `past` others."""
+    start, end = region.tokens
+    return slice(max(0, start - past), None if end is None else max(0, end - past))
+
+
+def _row_numbers(copies: int, device: torch.device | None = None) -> Tensor:
     context = ForwardContext.get_context()
     if context is None or context.row_numbers is None:
         raise ValueError(
             "task_ids: needed by a MultiTask; call the model that has the adapters, not the base "
             "model inside it"
         )
-    return context.row_numbers.repeat(plan.channels)
+    numbers = context.row_numbers if device is None else context.row_numbers_on(device)
+    return numbers.repeat(copies)
 
 
 _PRE_FIELDS = ("is_parallel", "original_ln_before", "residual_before_ln")
@@ -304,31 +393,32 @@ def _post_kind(lane: BoundLane) -> tuple[bool, bool]:
     return bool(lane.last.config["is_parallel"]), bool(lane.last.config["original_ln_after"])
 
 
-def _obstacle(lanes: Sequence[BoundLane]) -> str | None:
-    """Why the lanes cannot go through one call of the op per stage, or None."""
-    steps = [step for lane in lanes for step in lane.steps]
-    if not steps:
-        return "no adapter is here"
-    for step in steps:
-        mixture = step.mixture
-        if mixture is None:
-            return "an Average over blocks"
-        if any(before is not None for before in step.before):
-            return "a Fuse over Stacks"
-        for adapter in mixture.adapters:
-            config = adapter.config
-            if config["ln_before"]:
-                return "an adapter with ln_before"
-            if config["use_gating"] or config["ln_after"]:
-                return "an adapter with a gate or ln_after"
-        if mixture.fusion is not None:
-            if mixture.config["is_parallel"]:
-                return "a Fuse of parallel adapters"
-            config = mixture.fusion.config
-            if config["query_before_ln"] or config["residual_before"] or config["temperature"]:
-                return "a fusion with query_before_ln, residual_before or a temperature"
-        elif mixture.weights is not None and mixture.residual_share != 1.0:
-            return "an Average whose weights do not sum to 1, or of parallel adapters"
-    if len({bool(step.mixture.config["is_parallel"]) for step in steps}) > 1:
-        return "sequential and parallel adapters"
+def obstacle(step: Step, is_training: bool = False) -> str | None:
+    """Why a stage cannot share a call of the op with other lanes, or None.
+
+    Args:
+        step: the stage.
+        is_training: whether to count what matters in training alone.
+    """
+    mixture = step.mixture
+    if mixture is None:
+        return "an Average over blocks"
+    if any(before is not None for before in step.before):
+        return "a Fuse over Stacks"
+    for adapter in mixture.adapters:
+        config = adapter.config
+        if config["ln_before"]:
+            return "ln_before"
+        if config["use_gating"] or config["ln_after"]:
+            return "a gate or ln_after"
+        if is_training and (config["dropout"] or config["stochastic_depth"]):
+            return "dropout or stochastic depth"
+    if mixture.fusion is not None:
+        if mixture.config["is_parallel"]:
+            return "a Fuse of parallel adapters"
+        config = mixture.fusion.config
+        if config["query_before_ln"] or config["residual_before"] or config["temperature"]:
+            return "query_before_ln, residual_before or a temperature"
+    elif mixture.weights is not None and mixture.residual_share != 1.0:
+        return "weights that do not sum to 1, or parallel adapters in an Average"
     return None

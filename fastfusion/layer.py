@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from .composition import AdapterCompositionBlock
-from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup, ForwardContext
 from .lanes import BoundLane, BoundPlan
 from .lowering import Branch, Plan, Stage, lower, lower_rows
@@ -34,11 +33,11 @@ class RoutedSetups(NamedTuple):
 class PlaceSettings(Protocol):
     """What the places of one model share."""
 
-    config: ModelAdaptersConfig
     backend: str | None
+    skip_layers: Sequence[int]
     routed: RoutedSetups
 
-    def copies_batch(self, place: "AdapterLayer") -> bool: ...
+    def has_copies(self, place: "AdapterLayer") -> bool: ...
 
 
 class AdapterLayer:
@@ -96,10 +95,7 @@ class AdapterLayer:
             return self.plan
         if setup is None and row_setups is self.settings.routed.setups:
             return self.routed_plan
-        skip_layers = self.settings.config.skip_layers
-        if setup is not None and setup.skip_layers is not None:
-            skip_layers = setup.skip_layers
-        skips = self.layer_idx in skip_layers
+        skips = self.layer_idx in self.settings.skip_layers
         if row_setups is not None:
             return self._kept_plan((row_setups, skips), self.lower_rows)
         return self._kept_plan((setup.adapter_setup, skips), self.lower)
@@ -177,14 +173,19 @@ class AdapterLayer:
             ValueError: the setup asks for another batch size or sequence length.
         """
         plan = self.current_plan()
-        around = Around(input, layer_norm, self.settings.backend == "reference", self._record)
+        copies = channels = plan.plan.channels
+        if channels > 1 and not self.settings.has_copies(self):
+            if plan.plan.has_channels:
+                hidden, input = (t.repeat(channels, 1, 1) for t in (hidden, input))
+            else:
+                copies = 1
+        forward = ForwardContext.get_context()
+        past = 0 if forward is None else forward.past
+        is_literal = self.settings.backend == "reference"
+        around = Around(input, layer_norm, is_literal, self._record, copies, past)
         if plan.plan.is_whole:
             return self._run_whole(plan.lanes[0], hidden, around)
-        channels = plan.plan.channels
-        if channels > 1 and self.settings.copies_batch(self):
-            hidden, input = (t.repeat(channels, 1, 1) for t in (hidden, input))
-            around = around._replace(input=input)
-        plan.plan.check(hidden.shape[0] // channels, hidden.shape[1])
+        plan.plan.check(hidden.shape[0] // copies, past + hidden.shape[1])
         return plan.run(State(hidden, input), around, is_inner=False)
 
     def _run_whole(self, lane: BoundLane, hidden: Tensor, around: Around) -> Tensor:

@@ -86,6 +86,7 @@ class Plan:
     lanes: tuple[Lane, ...]
     """They cover all rows and tokens."""
     channels: int = 1
+    """Copies of the batch that the setup makes, here or at another place."""
     tasks: int | None = None
     batch_size: int | None = None
     """Of a channel; None: any."""
@@ -95,7 +96,12 @@ class Plan:
     @property
     def is_whole(self) -> bool:
         """Whether one chain of stages serves all rows and tokens."""
-        return len(self.lanes) == 1 and self.channels == 1
+        return len(self.lanes) == 1
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether the copies of the batch have lanes of their own, so that they must be there."""
+        return any(lane.region.channel is not None for lane in self.lanes)
 
     def check(self, batch_size: int, length: int) -> None:
         """Raise a ValueError unless a batch (of one channel) has the sizes that the plan needs."""
@@ -165,6 +171,7 @@ class _Lowering:
         """
         first = self.first(block)
         if first is None:
+            self.channels = max(self.channels, _channels(block))
             return
         if isinstance(block, str):
             self.append(region, Stage((Branch(block),), pre=pre))
@@ -260,6 +267,13 @@ class _Lowering:
             and _begins_before(lane.region.rows, batch_size)
         )
         return Plan(tuple(self.stages), lanes, self.channels, self.tasks, **self.sizes)
+
+
+def _channels(setup: Setup) -> int:
+    """The children of a setup's Parallel."""
+    if isinstance(setup, str):
+        return 1
+    return max(len(setup) if isinstance(setup, Parallel) else 1, *map(_channels, setup))
 
 
 def _other(have: int | None, want: int | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, rows, serialization
-from .composition import AdapterCompositionBlock, Fuse, Setup, parse_composition
+from .composition import AdapterCompositionBlock, Fuse, Setup, Split, parse_composition
 from .configuration import (
     LOCATIONS,
     AdapterConfig,
@@ -86,6 +86,11 @@ class ModelAdapters:
         number = {setup: i for i, setup in enumerate(known)}
         return [number[setup] for setup in setups]
 
+    def reset_routed(self) -> None:
+        """Forget the routed setups."""
+        with _routing:
+            self._set_routed(*self._lowered_routed(()))
+
     def _lowered_routed(
         self, setups: tuple[AdapterCompositionBlock | None, ...]
     ) -> tuple[RoutedSetups, list[BoundPlan]]:
@@ -107,10 +112,18 @@ class ModelAdapters:
             # an adapter went that a number stands for: a forward with numbers says so
             self.routed = self.routed._replace(obstacle=str(error))
 
-    def copies_batch(self, place: AdapterLayer) -> bool:
-        """Whether a place is the first with a Parallel: until there the batch is one channel."""
+    @property
+    def skip_layers(self) -> Sequence[int]:
+        """The layers that this forward runs without adapters."""
+        context = AdapterSetup.get_context()
+        if context is None or context.skip_layers is None:
+            return self.config.skip_layers
+        return context.skip_layers
+
+    def has_copies(self, place: AdapterLayer) -> bool:
+        """Whether a place in front of this one has copied the batch for a Parallel."""
         before = itertools.takewhile(lambda layer: layer is not place, self.layers)
-        return all(layer.current_plan().plan.channels == 1 for layer in before)
+        return any(layer.current_plan().plan.has_channels for layer in before)
 
     def modules(self, name: str) -> Iterator[tuple[AdapterLayer, Adapter]]:
         """An adapter's modules, place by place."""
@@ -235,7 +248,7 @@ class ModelAdaptersMixin:
             distinct, _ = rows.row_numbers(setups, None)
             self._setups(distinct)
             text = "; ".join(f"{i}: {setup!r}" for i, setup in enumerate(distinct))
-            skip_layers = self.adapters_config.skip_layers
+            skip_layers = self.model_adapters.skip_layers
             plans = [
                 layer.lower_rows(distinct, skip_layers) for layer in self.model_adapters.layers
             ]
@@ -663,7 +676,10 @@ class ModelAdaptersMixin:
         fusions = self._cooling_fusions(setups)
         for fusion in fusions:
             fusion.settle_temperature()
-        is_asked = any(value is not None and value is not False for value in asked.values())
+        # False and 0 ask for nothing
+        is_asked = any(
+            v is not None and not (isinstance(v, int) and v == 0) for v in asked.values()
+        )
         context = ForwardContext(**asked) if is_asked else None
         with nullcontext() if context is None else context:
             outputs = forward(*args, **kwargs)
@@ -689,24 +705,29 @@ class ModelAdaptersMixin:
         shape = rows.input_shape(args, kwargs)
         if "adapter_names" in given:
             setups, numbers = rows.row_numbers(given["adapter_names"], shape)
+            past = _cached_tokens(setups, kwargs)
             for setup in setups:
-                rows.check_sizes(rows.needed(setup), shape)
-            return {"row_setups": setups, "row_numbers": numbers}
+                rows.check_sizes(rows.needed(setup), shape, past)
+            return {"row_setups": setups, "row_numbers": numbers, "past": past}
         if "adapter_ids" in given:
             table = self.model_adapters.routed
             if table.obstacle is not None:
-                raise ValueError(f"adapter_ids: {table.obstacle}")
-            rows.check_sizes(table.needed, shape)
+                raise ValueError(
+                    f"adapter_ids: {table.obstacle}; a routed setup needs it (see reset_routing)"
+                )
+            past = _cached_tokens(table.setups, kwargs)
+            rows.check_sizes(table.needed, shape, past)
             numbers = rows.checked_numbers(
                 given["adapter_ids"], len(table.setups), "adapter_ids", shape
             )
-            return {"row_setups": table.setups, "row_numbers": numbers}
+            return {"row_setups": table.setups, "row_numbers": numbers, "past": past}
         (setup,) = self._setups(None)
         is_active = AdapterSetup.get_context() is None
         needed = self.model_adapters.needed if is_active else rows.needed(setup)
-        rows.check_sizes(needed, shape)
+        past = _cached_tokens((setup,), kwargs)
+        rows.check_sizes(needed, shape, past)
         numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
-        return {} if numbers is None else {"row_numbers": numbers}
+        return {"row_numbers": numbers, "past": past}
 
     def routing(self, setups: Sequence[Any]) -> Tensor:
         """Numbers for the rows' setups: `model(**inputs, adapter_ids=ids)` then needs no names.
@@ -733,6 +754,13 @@ class ModelAdaptersMixin:
             self.model_adapters.check_setup(setup)
         numbers = self.model_adapters.route(parsed)
         return torch.tensor(numbers, device=self.base_model.device)
+
+    def reset_routing(self) -> None:
+        """Forget the setups that `routing` numbered: the next ones are numbered from 0 again.
+
+        Numbers from before must not be used any more.
+        """
+        self.model_adapters.reset_routed()
 
     def _setups(
         self, row_setups: Sequence[AdapterCompositionBlock | None] | None
@@ -761,6 +789,17 @@ class ModelAdaptersMixin:
             if self.adapters_config.fusions[name]["temperature"]
             for _, module in self.model_adapters.fusion_modules(name)
         ]
+
+
+def _cached_tokens(setups: Sequence[AdapterCompositionBlock | None], kwargs: dict[str, Any]) -> int:
+    """Tokens before a forward's own in its key-value cache; where no Split counts tokens, 0."""
+    cache = kwargs.get("past_key_values")
+    if cache is None or not any(isinstance(b, Split) for s in setups for b in rows.blocks(s)):
+        return 0
+    if isinstance(cache, tuple):
+        # keys [B, heads, S, d] first in each layer's entry; transformers 4 still takes these
+        return cache[0][0].shape[2] if cache else 0
+    return int(cache.get_seq_length())
 
 
 def _fusion_names(

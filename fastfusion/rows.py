@@ -47,7 +47,7 @@ def parse_row(entry: Any, argument: str) -> AdapterCompositionBlock | None:
             f"{argument}: expected names, blocks or {BASE!r}, one for each row; got {entry!r}"
         )
     setup = None if entry == BASE else parse_composition(entry)
-    for block in _blocks(setup):
+    for block in blocks(setup):
         if isinstance(block, (BatchSplit, Parallel, MultiTask)):
             raise ValueError(
                 f"{argument}: expected blocks over one row; got {type(block).__name__} in {entry!r}"
@@ -55,11 +55,12 @@ def parse_row(entry: Any, argument: str) -> AdapterCompositionBlock | None:
     return setup
 
 
-def _blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
+def blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
+    """A setup's blocks, from the outermost on."""
     if isinstance(setup, AdapterCompositionBlock):
         yield setup
         for child in setup:
-            yield from _blocks(child)
+            yield from blocks(child)
 
 
 def row_numbers(
@@ -88,7 +89,7 @@ def row_numbers(
     return distinct, torch.tensor([number[setup] for setup in setups])
 
 
-def _can_look_at(numbers: Tensor) -> bool:
+def can_look_at(numbers: Tensor) -> bool:
     """Whether a value can be read without a wait for a GPU or a break in a compiled graph."""
     return numbers.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -110,7 +111,7 @@ def checked_numbers(numbers: Any, count: int, argument: str, shape: Shape | None
         raise ValueError(
             f"{argument}: expected integers [{rows}]; got {tensor.dtype} {list(tensor.shape)}"
         )
-    if not _can_look_at(tensor):
+    if not can_look_at(tensor):
         # where the values cannot be looked at, none may reach beyond the table
         return tensor.clamp(0, count - 1)
     if tensor.numel():
@@ -133,19 +134,19 @@ def task_numbers(
     Raises:
         ValueError: `task_ids` without a MultiTask, a MultiTask without them, or wrong ones.
     """
-    blocks = [block for block in _blocks(setup) if isinstance(block, MultiTask)]
-    if not blocks and tasks is None:
+    found = [block for block in blocks(setup) if isinstance(block, MultiTask)]
+    if not found and tasks is None:
         return None
-    if not blocks or tasks is None:
+    if not found or tasks is None:
         raise ValueError(
             "task_ids: expected together with a MultiTask; got "
-            + (f"none for {setup!r}" if blocks else f"some for {setup!r}")
+            + (f"none for {setup!r}" if found else f"some for {setup!r}")
         )
-    children = list(blocks[0])
+    children = list(found[0])
     if isinstance(tasks, (list, tuple)) and any(isinstance(task, str) for task in tasks):
         for task in tasks:
             if task not in children:
-                raise ValueError(f"task_ids: expected children of {blocks[0]!r}; got {task!r}")
+                raise ValueError(f"task_ids: expected children of {found[0]!r}; got {task!r}")
         tasks = [children.index(task) for task in tasks]
     return checked_numbers(tasks, len(children), "task_ids", shape)
 
@@ -165,7 +166,14 @@ def needed_rows(setups: Sequence[AdapterCompositionBlock | None]) -> Plan:
     return lower_rows(setups, lambda name: True)
 
 
-def check_sizes(plan: Plan, shape: Shape | None) -> None:
-    """Raise a ValueError unless a batch has the sizes that a plan asks for."""
+def check_sizes(plan: Plan, shape: Shape | None, past: int = 0) -> None:
+    """Raise a ValueError unless a batch has the sizes that a plan asks for.
+
+    Args:
+        plan: the plan.
+        shape: of the batch.
+        past: tokens before it in its key-value cache.
+    """
     if shape is not None:
-        plan.check(*shape)
+        batch_size, length = shape
+        plan.check(batch_size, past + length)

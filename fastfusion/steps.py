@@ -24,6 +24,10 @@ class Around(NamedTuple):
     """Whether the reference's formulas run."""
     record: Callable[[str, str, Tensor], None]
     """Takes an output's name, a fusion's or an adapter's, and the value for `ForwardContext`."""
+    copies: int = 1
+    """How often the rows hold the batch, under a Parallel."""
+    past: int = 0
+    """Tokens before these, in a key-value cache."""
 
 
 class State(NamedTuple):

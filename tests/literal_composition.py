@@ -113,7 +113,7 @@ class Walk:
             hidden, input: [B, S, H], with `is_copied` all copies of it.
             tasks: [B], the rows' numbers of a MultiTask's children.
         """
-        copies = _channels(setup, self.place.adapters) if self.is_copied else 1
+        copies = _channels(setup) if self.is_copied else 1
         rows, tokens = torch.arange(hidden.shape[0]), torch.arange(hidden.shape[1])
         tasks = None if tasks is None else tasks.repeat(copies)
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool)
@@ -267,13 +267,13 @@ class Walk:
         return state._replace(hidden=hidden, ran=torch.ones_like(state.ran))
 
 
-def _channels(setup: Any, present: dict) -> int:
-    """The number of children of the tree's Parallels that have an adapter here."""
+def _channels(setup: Any) -> int:
+    """The number of children of the tree's Parallels."""
     if setup is None or isinstance(setup, str):
         return 1
-    if isinstance(setup, Parallel) and setup.flatten() & present.keys():
+    if isinstance(setup, Parallel):
         return len(setup)
-    return max(_channels(child, present) for child in setup)
+    return max(map(_channels, setup))
 
 
 def _parts(setup: Any, state: State) -> Iterator[tuple[Any, Tensor, Tensor]]:

@@ -26,7 +26,7 @@ from fastfusion.composition import (
     Stack,
     parse_composition,
 )
-from fastfusion.configuration import AdapterConfig, AdapterFusionConfig, ModelAdaptersConfig
+from fastfusion.configuration import AdapterConfig, AdapterFusionConfig
 from fastfusion.context import ForwardContext
 from fastfusion.layer import AdapterLayer
 from fastfusion.modules import Adapter, AdapterFusion
@@ -196,9 +196,9 @@ class Case:
     def place(self) -> AdapterLayer:
         torch.manual_seed(self.seed)
         shared = SimpleNamespace(
-            config=ModelAdaptersConfig(),
             backend=self.backend,
-            copies_batch=lambda _: not self.is_copied,
+            skip_layers=(),
+            has_copies=lambda _: self.is_copied,
             routed=SimpleNamespace(setups=()),
         )
         layer = AdapterLayer(shared, 0, "output_adapter")

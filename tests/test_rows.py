@@ -14,11 +14,25 @@ import tiny
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+)
 
 import fastfusion
 from fastfusion import AdapterSetup, AutoAdapterModel
-from fastfusion.composition import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
+from fastfusion.composition import (
+    Average,
+    BatchSplit,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Split,
+    Stack,
+    parse_composition,
+)
 
 BASE = "__base__"
 LENGTH = 7
@@ -386,7 +400,6 @@ def test_parallel(architecture, mode, padded, setup):
             torch.testing.assert_close(parameter.grad, truth[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
-@pytest.mark.xfail(strict=True, reason="BatchSplit counts the copies where no Parallel is")
 def test_a_split_of_the_batch_beside_a_parallel_that_a_layer_leaves_out(model):
     """The copies stay copies where nothing of the Parallel is."""
     setup = Stack(BatchSplit("a", "d", batch_sizes=[1, 2]), Parallel(*["missing in layer 1"] * 2))
@@ -396,6 +409,110 @@ def test_a_split_of_the_batch_beside_a_parallel_that_a_layer_leaves_out(model):
     with torch.no_grad():
         entries = [Stack(name, "missing in layer 1") for name in ("a", "d", "d")]
         close(actual, alone(model, entries, ids).repeat(2, 1, 1))
+
+
+def test_what_is_random_in_training():
+    """Adapter dropout, and stochastic depth of every row, which are random in their place alone."""
+    model = make()
+    model.add_adapter("p", "double_seq_bn[reduction_factor=4, dropout=1.0]")
+    model.add_adapter("s", "double_seq_bn[reduction_factor=4, stochastic_depth=1.0]")
+    tiny.randomize(model)
+    fastfusion.refresh(model)
+    entries = ["a", "p", "s", Stack("a", "p"), Stack("s", "b"), Fuse("a", "b"), BASE]
+    ids = tiny.ids(len(entries), LENGTH)
+    model.eval()
+    resting = model(ids, adapter_names=entries)[0]
+    model.train()
+    for arguments in ({"adapter_names": entries}, {"adapter_ids": model.routing(entries)}):
+        actual = model(ids, **arguments)[0]
+        close(actual, alone(model, entries, ids))
+        for row, entry in enumerate(entries):
+            is_random = entry != BASE and {"p", "s"} & set(parse_composition(entry).flatten())
+            assert torch.allclose(actual[row], resting[row], atol=1e-4) != bool(is_random)
+
+
+# -- key-value caches -----------------------------------------------------------------------------
+
+DECODED = {
+    "Split": Split("a", "b", split_index=5),
+    "Split in a Stack": Stack("d", Split("a", "b", split_index=2)),
+    "calls of their own": Split("g", "d", split_index=4),
+    "nested": Split("a", Split("b", "d", split_index=3), split_index=2),
+    "inside an Average": Average(Split("a", "b", split_index=5), "d"),
+    "Average behind a cut": Split("a", Average(Stack("a", "b"), "d"), split_index=3),
+}
+
+
+def decoder():
+    torch.manual_seed(1)
+    config = BertConfig(**tiny.SIZES, is_decoder=True)
+    model = BertLMHeadModel(config).eval()
+    tiny.randomize_norms(model)
+    fastfusion.init(model)
+    add_adapters(model)
+    return model.eval()
+
+
+def decoded(model, ids, steps, **arguments):
+    """The logits of a sequence that comes piece by piece."""
+    cache, outputs, start = None, [], 0
+    for count in steps:
+        piece = ids[:, start : start + count]
+        output = model(piece, past_key_values=cache, use_cache=True, **arguments)
+        cache, start = output.past_key_values, start + count
+        outputs.append(output.logits)
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["setup", "adapter_names", "adapter_ids"])
+@pytest.mark.parametrize("name", DECODED)
+def test_tokens_are_counted_from_the_start_of_the_cache(name, kind):
+    """A gate is the mean over the tokens of one forward, so a literal walk by positions it is."""
+    model, ids = decoder(), tiny.ids(3, 9)
+    setup, arguments = DECODED[name], {}
+    if kind == "setup":
+        model.set_active_adapters(setup)
+    else:
+        arguments = {"adapter_names": [setup, "a", BASE]}
+    if kind == "adapter_ids":
+        arguments = {"adapter_ids": model.routing(arguments["adapter_names"])}
+    steps = [3, 1, 2, 1, 1, 1]
+    with torch.no_grad():
+        if name == "calls of their own":
+            # the gate sees the tokens of its own forward: positions 0-2, and 3
+            model.set_backend("reference")
+            expected = decoded(model, ids, steps, **arguments)
+            model.set_backend(None)
+            first = model(ids[:, :3], **arguments).logits
+            close(expected[:, :3], first)
+        else:
+            expected = model(ids, **arguments).logits
+        close(decoded(model, ids, steps, **arguments), expected)
+
+
+def test_generation_with_a_cache():
+    model, ids = decoder(), tiny.ids(2, 4)
+    model.set_active_adapters(Split("a", "b", split_index=6))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        found = model.generate(ids, use_cache=True, **options)
+        assert torch.equal(found, model.generate(ids, use_cache=False, **options))
+        model.set_active_adapters("a")
+        assert not torch.equal(found, model.generate(ids, use_cache=True, **options))
+
+
+def test_a_split_of_a_whole_sequence_with_a_cache():
+    """The sum of the parts is the length with what the cache holds."""
+    model, ids = decoder(), tiny.ids(2, 7)
+    with torch.no_grad():
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+        with AdapterSetup(Split("a", "b", splits=[3, 4])):
+            with pytest.raises(ValueError, match=r"splits: expected sequences of 7 .* got 4"):
+                model(ids[:, 3:])
+            tail = model(ids[:, 3:], past_key_values=cache).logits
+        with AdapterSetup("b"):
+            cache = model(ids[:, :3], use_cache=True).past_key_values
+        assert tail.shape[1] == 4
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -625,6 +742,21 @@ def test_numbers_stay(model):
         close(model(ids, adapter_ids=first.int())[0], expected)
 
 
+def test_routing_that_starts_again(model, monkeypatch):
+    ids = tiny.ids(2, LENGTH)
+    # no batch has the length of both
+    model.routing([Split("a", "b", splits=[3, 4])])
+    with pytest.raises(ValueError, match="splits: expected the same sum"):
+        model.routing([Split("a", "b", splits=[3, 5])])
+    model.reset_routing()
+    with refused(model, monkeypatch, "adapter_ids: expected"):
+        model(ids, adapter_ids=[0, 0])
+    numbers = model.routing(["d", "a"])
+    assert numbers.tolist() == [0, 1]
+    with torch.no_grad():
+        close(model(ids, adapter_ids=numbers)[0], alone(model, ["d", "a"], ids))
+
+
 def test_deleting_what_a_routing_names(model, monkeypatch):
     """Numbers raise before the forward until the adapter is there again; names go on."""
     ids = tiny.ids(2, LENGTH)
@@ -757,8 +889,6 @@ def alone_logits(model, entries, ids):
 
 # -- compiled -------------------------------------------------------------------------------------
 
-# lanes that run one by one take the rows that have their number, as many as there are
-DATA_DEPENDENT = pytest.mark.xfail(strict=True, reason="sizes of lanes that depend on the numbers")
 COMPILED = {
     "single": "a",
     "Stack": Stack("a", "b"),
@@ -806,13 +936,7 @@ def compiled_gives_the_same(model, calls, recorded, backend="aot_eager"):
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=DATA_DEPENDENT if name == "MultiTask, one by one" else ())
-        for name in COMPILED
-    ],
-)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks(name, recorded):
     model = make(num_hidden_layers=1)
     model.set_active_adapters(COMPILED[name])
@@ -823,10 +947,30 @@ def test_compiled_blocks(name, recorded):
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
+def test_compiled_rows_with_a_head(recorded):
+    """One head for all rows: the outputs' sizes do not depend on the numbers."""
+    torch.manual_seed(1)
+    config = BertConfig(**tiny.SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = AutoAdapterModel.from_config(config)
+    add_adapters(model)
+    model.add_classification_head("h", num_labels=3)
+    model.eval()
+    numbers = model.routing(ENTRIES)
+    ids = tiny.ids(len(ENTRIES), LENGTH)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(recorded):
+        for own in (numbers, numbers.flip(0)):
+            (actual,), (expected,) = (m(ids, adapter_ids=own) for m in (compiled, model))
+            close(actual.logits.detach(), expected.logits.detach())
+            assert torch.equal(actual.rows, torch.arange(len(ENTRIES)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize(
-    "entries", [GROUPED, pytest.param(ENTRIES, marks=DATA_DEPENDENT)], ids=["", "one by one"]
-)
+@pytest.mark.parametrize("entries", [GROUPED, ENTRIES], ids=["one call", "calls of their own"])
 def test_compiled_rows(entries, backend, recorded):
     """Other numbers of the same shape run the same graph."""
     model = make(num_hidden_layers=1)
