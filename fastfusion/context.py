@@ -152,20 +152,33 @@ class ForwardContext:
             self._moved_numbers = self.row_numbers.to(device)
         return self._moved_numbers
 
-    def record(self, output: str, name: str, layer_idx: int, location: str, value: Tensor) -> None:
+    def record(
+        self,
+        output: str,
+        name: str,
+        layer_idx: int,
+        location: str,
+        value: Tensor,
+        own: Tensor | None = None,
+    ) -> None:
         """Note a value of one place, detached: no copy and no wait for the device.
 
-        Where rows or tokens go different ways, each way's values are zero for all others.
+        Rows and tokens that go other ways have zeros; what a place computes twice, as in
+        `Stack(Fuse("a", "b"), "c", Fuse("a", "b"))`, counts as computed last.
 
         Args:
             output: which output it belongs to, such as "adapter_fusion_attentions".
             name: the fusion's or adapter's name.
             layer_idx, location: the place.
             value: attentions [B, S, N] or gates [B].
+            own: [B, S] or [B], where the value holds; None: everywhere.
         """
         layers = self._records.setdefault(output, {}).setdefault(name, {})
         places, value = layers.setdefault(layer_idx, {}), value.detach()
-        places[location] = places[location] + value if location in places else value
+        if own is not None:
+            own = own.view(*own.shape, *[1] * (value.dim() - own.dim()))
+            value = torch.where(own, value, places.get(location, torch.zeros_like(value)))
+        places[location] = value
 
     def outputs(self) -> dict[str, dict[str, dict[int, dict[str, Tensor]]]]:
         """What was asked for, by output name: `[name][layer][location]`."""

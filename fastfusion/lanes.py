@@ -57,23 +57,27 @@ class Part(NamedTuple):
 
     def record(
         self,
-        record: Callable[[str, str, Tensor], None],
+        record: Callable[..., None],
         shape: torch.Size,
         output: str,
         name: str,
         value: Tensor,
+        own: Tensor | None = None,
     ) -> None:
-        """Report a value of this part as one of all rows, and tokens, with zeros beside it."""
+        """Report a value of this part as one of all rows, and of all tokens unless it has none."""
+        is_gate = output == "adapter_gating_scores"
+        at = self.rows if is_gate else (self.rows, self.tokens)
+        if own is None:
+            own_shape = value.shape[: 1 if is_gate else 2]
+            own = torch.ones(own_shape, dtype=torch.bool, device=value.device)
         if self.own is not None:
-            own = self.own.view(-1, *[1] * (value.dim() - 1))
-            value = torch.where(own, value, torch.zeros_like(value))
-        if output == "adapter_fusion_attentions":
-            whole = value.new_zeros(*shape[:2], *value.shape[2:])
-            whole[self.rows, self.tokens] = value
-        else:
-            whole = value.new_zeros(shape[0], *value.shape[1:])
-            whole[self.rows] = value
-        record(output, name, whole)
+            own = own & self.own.view(-1, *[1] * (own.dim() - 1))
+        whole_shape = shape[: own.dim()]
+        whole = value.new_zeros(*whole_shape, *value.shape[own.dim() :])
+        whole[at] = value
+        whole_own = own.new_zeros(whole_shape)
+        whole_own[at] = own
+        record(output, name, whole, whole_own)
 
 
 class LaneTable:
@@ -168,8 +172,8 @@ class GroupedCall:
         context = ForwardContext.get_context()
         if context is not None and context.output_adapter_fusion_attentions:
             for number, step in self._fusions.items():
-                own = (groups == number).unsqueeze(-1)
-                step.report(attention[..., : len(step.mixture.adapters)] * own, around)
+                own_attention = attention[..., : len(step.mixture.adapters)]
+                step.report(own_attention, around, groups == number)
         return hidden
 
 
@@ -262,29 +266,25 @@ class BoundPlan:
         lone: Sequence[Call],
         make_group: Callable[[list[Mixture]], MixtureGroup],
     ) -> list[Call]:
-        """The calls, in order: a stage that needs one of its own as early as it can run, so that
-        the lanes behind it may join the next group."""
+        """The calls, in order: stages that need one of their own in the plan's order, as early as
+        they can run, so that the lanes behind them may join the next group."""
         calls: list[Call] = []
+        alone = [number for number, is_groupable in enumerate(groupable) if not is_groupable]
         ahead = [list(lane.stages) for lane in self.plan.lanes]
         while any(ahead):
-            ready = sorted({stages[0] for stages in ahead if stages})
             # it runs on its whole region, so every lane there must have come to it
-            alone = [
-                number
-                for number in ready
-                if not groupable[number] and not any(number in stages[1:] for stages in ahead)
-            ]
-            calls += [lone[number] for number in alone]
-            if alone:
-                now = set(alone)
+            if alone and not any(alone[0] in stages[1:] for stages in ahead):
+                number = alone.pop(0)
+                now = {number}
+                calls.append(lone[number])
             else:
-                now = {number for number in ready if groupable[number]}
-                numbers = [
-                    stages[0] if stages[:1] and stages[0] in now else None for stages in ahead
+                now = {stages[0] for stages in ahead if stages and groupable[stages[0]]}
+                steps = [
+                    self.steps[stages[0]] if stages and stages[0] in now else None
+                    for stages in ahead
                 ]
-                steps = [None if number is None else self.steps[number] for number in numbers]
                 calls.append(GroupedCall(steps, make_group))
-            ahead = [stages[1:] if stages[:1] and stages[0] in now else stages for stages in ahead]
+            ahead = [stages[1:] if stages and stages[0] in now else stages for stages in ahead]
         return calls
 
     def run(self, state: State, around: Around, is_inner: bool) -> Tensor:

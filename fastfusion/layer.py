@@ -211,7 +211,7 @@ class AdapterLayer:
         state = step.run(state, around)
         return lane.post(state.hidden, hidden, around)
 
-    def _record(self, output: str, name: str, value: Tensor) -> None:
+    def _record(self, output: str, name: str, value: Tensor, own: Tensor | None = None) -> None:
         context = ForwardContext.get_context()
         if context is not None and getattr(context, f"output_{output}"):
-            context.record(output, name, self.layer_idx, self.location, value)
+            context.record(output, name, self.layer_idx, self.location, value, own)

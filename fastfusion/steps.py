@@ -22,8 +22,9 @@ class Around(NamedTuple):
     """The model's own."""
     is_literal: bool
     """Whether the reference's formulas run."""
-    record: Callable[[str, str, Tensor], None]
-    """Takes an output's name, a fusion's or an adapter's, and the value for `ForwardContext`."""
+    record: Callable[..., None]
+    """Takes an output's name, a fusion's or an adapter's, and value and `own` as
+    `ForwardContext.record` does."""
     copies: int = 1
     """How often the rows hold the batch, under a Parallel."""
     past: int = 0
@@ -174,10 +175,10 @@ class Step:
         self.report(attention, around)
         return out
 
-    def report(self, attention: Tensor, around: Around) -> None:
-        """Hand a fusion's attention [B, S, N] to the forward's context."""
+    def report(self, attention: Tensor, around: Around, own: Tensor | None = None) -> None:
+        """Hand a fusion's attention [B, S, N], of some tokens [B, S] or all, to the context."""
         if self.stage.fusion is not None:
-            around.record("adapter_fusion_attentions", self.stage.fusion, attention)
+            around.record("adapter_fusion_attentions", self.stage.fusion, attention, own)
 
 
 def score_mask(fusion: AdapterFusion, like: Tensor, num_adapters: int) -> Tensor | None:

@@ -302,15 +302,14 @@ def _parts(setup: Any, state: State) -> Iterator[tuple[Any, Tensor, Tensor]]:
 
 
 def spread(records: list[Record], rows: int, tokens: int) -> dict[tuple[str, str], Tensor]:
-    """What a forward reports: each way's values at its rows and tokens, zeros beside them."""
+    """What a forward reports: the last value at each row and token, zeros where there is none."""
     found: dict[tuple[str, str], Tensor] = {}
     for kind, name, own_rows, own_tokens, value in records:
+        key = kind, name
         if kind == "adapter_fusion_attentions":
-            full = value.new_zeros(rows, tokens, value.shape[-1])
+            full = found.setdefault(key, value.new_zeros(rows, tokens, value.shape[-1]))
             full[own_rows.unsqueeze(1), own_tokens.unsqueeze(0)] = value
         else:
-            full = value.new_zeros(rows)
+            full = found.setdefault(key, value.new_zeros(rows))
             full[own_rows] = value
-        key = kind, name
-        found[key] = found[key] + full if key in found else full
     return found

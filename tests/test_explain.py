@@ -89,10 +89,10 @@ def test_rows():
 
 
 def test_calls_that_are_counted_are_made(monkeypatch):
-    """A stage of its own runs first, so that what follows it joins the other lanes."""
+    """A stage of its own runs early, so that what follows it joins the other lanes."""
     model = make(num_hidden_layers=1)
     entries = [Stack("g", "a"), "b", Stack("a", "g", "d"), "__base__"]
-    # g; a, b and a; g; d
+    # a and b; g; g; d and a
     assert "4 lanes in 4 calls" in model.adapter_plan(entries).explain()
     made = []
     for kind in (LoneCall, GroupedCall):
@@ -104,4 +104,4 @@ def test_calls_that_are_counted_are_made(monkeypatch):
         monkeypatch.setattr(kind, "run", run)
     with torch.no_grad():
         model(tiny.ids(4), adapter_names=entries)
-    assert made == [LoneCall, GroupedCall, LoneCall, GroupedCall] * 2
+    assert made == [GroupedCall, LoneCall, LoneCall, GroupedCall] * 2

@@ -412,6 +412,26 @@ def test_a_split_of_the_batch_beside_a_parallel_that_a_layer_leaves_out(model, n
         close(actual, alone(model, entries, ids).repeat(2, 1, 1))
 
 
+def test_what_is_random_in_training():
+    """Adapter dropout, and stochastic depth of every row, which are random in their place alone."""
+    model = make()
+    model.add_adapter("p", "double_seq_bn[reduction_factor=4, dropout=1.0]")
+    model.add_adapter("s", "double_seq_bn[reduction_factor=4, stochastic_depth=1.0]")
+    tiny.randomize(model)
+    fastfusion.refresh(model)
+    entries = ["a", "p", "s", Stack("a", "p"), Stack("s", "b"), Fuse("a", "b"), BASE]
+    ids = tiny.ids(len(entries), LENGTH)
+    model.eval()
+    resting = model(ids, adapter_names=entries)[0]
+    model.train()
+    for arguments in ({"adapter_names": entries}, {"adapter_ids": model.routing(entries)}):
+        actual = model(ids, **arguments)[0]
+        close(actual, alone(model, entries, ids))
+        for row, entry in enumerate(entries):
+            is_random = entry != BASE and {"p", "s"} & set(parse_composition(entry).flatten())
+            assert torch.allclose(actual[row], resting[row], atol=1e-4) != bool(is_random)
+
+
 # -- key-value caches -----------------------------------------------------------------------------
 
 DECODED = {
