@@ -132,6 +132,7 @@ class AdapterConfig(Mapping):
             raise ValueError(f"config: not a {cls.__name__}: {error}") from error
         for key, value in config.items():
             if key not in known:
+                _expect(not hasattr(cls, key), "config", f"keys that {cls.__name__} has free", key)
                 setattr(instance, key, value)
         return instance
 
@@ -334,6 +335,9 @@ class BnConfig(AdapterConfig):
             _expect(is_choice, name, f"one of {choices}", self[name])
         for name in ("init_weights_seed", "phm_rank"):
             _expect(self[name] is None or _is_int(self[name]), name, "None or an int", self[name])
+        # what torch.manual_seed takes
+        seed = self.init_weights_seed or 0
+        _expect(-(2**63) <= seed < 2**64, "init_weights_seed", "a number of 64 bits", seed)
         for name in ("dropout", "stochastic_depth"):
             value = 0.0 if self[name] is None else self[name]
             _expect(_is_number(value) and 0 <= value <= 1, name, "a number from 0 to 1", value)

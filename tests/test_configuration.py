@@ -204,6 +204,7 @@ def test_check_supported():
         ("non_linearity", 3),
         ("init_weights", "xavier"),
         ("init_weights_seed", 1.5),
+        ("init_weights_seed", 2**64),
         ("scaling", "big"),
         ("scaling", None),
         ("scaling", float("inf")),
@@ -402,3 +403,9 @@ def test_model_adapters_config_lookup():
     assert record.match("a", 0, "mh_adapter") is None
     assert record.match("c", 1, "mh_adapter") is None
     assert record.match("z", 0, "mh_adapter") is None
+
+
+@pytest.mark.parametrize("key", ["match", "to_dict", "keys", "bottleneck_size"])
+def test_keys_that_would_hide_a_method(key):
+    with pytest.raises(ValueError, match=f"config: expected keys .* free; got '{key}'"):
+        AdapterConfig.load({**AdapterConfig.load("seq_bn"), key: 1})
