@@ -452,6 +452,68 @@ def test_files_in_the_way(model, tmp_path):
         model.save_adapter_setup(tmp_path / "y", "a/b")
 
 
+BAD_LAYERS = {
+    "behind the last": ([99], r"\[99\]"),
+    "one of them": ([0, 2], r"\[0, 2\]"),
+    "negative": ([-1], r"\[-1\]"),
+    "a bool": ([True], r"\[True\]"),
+    "bools for numbers": ((False, 1), r"\[False, 1\]"),
+    "a float": ([1.0], r"\[1\.0\]"),
+    "text": ("01", r"\['0', '1'\]"),
+    "None in a list": ([None], r"\[None\]"),
+}
+LAYERS = "^skip_layers: expected a list of the model's layer numbers, 0 to 1; got "
+
+
+@pytest.mark.parametrize("case", BAD_LAYERS)
+def test_bad_layers(model, case):
+    """At the call that sets them; of a context, at the model's call, before it computes."""
+    skip_layers, got = BAD_LAYERS[case]
+    model.set_active_adapters("b", skip_layers=[1])
+    model.active_head = "task"
+    with unchanged(model), pytest.raises(ValueError, match=f"{LAYERS}{got}$"):
+        model.set_active_adapters("a", skip_layers=skip_layers)
+    assert model.adapters_config.skip_layers == [1]
+    with torch.no_grad():
+        expected = model(INPUT_IDS).logits
+    started = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *_: started.append(1))
+    rows = ["a", "b", "c", "__base__"]
+    for arguments in ({}, {"adapter_names": rows}, {"adapter_ids": model.routing(rows)}):
+        for setup in ("a", None):
+            with fastfusion.AdapterSetup(setup, skip_layers=skip_layers):
+                with pytest.raises(ValueError, match=f"{LAYERS}{got}$"):
+                    model(INPUT_IDS, **arguments)
+                with pytest.raises(ValueError, match=LAYERS):
+                    model.adapter_plan()
+    assert not started
+    hook.remove()
+    with torch.no_grad():
+        assert model(INPUT_IDS).logits.equal(expected)
+
+
+def test_layers_that_are_no_list(model):
+    with unchanged(model), pytest.raises(ValueError, match=f"{LAYERS}1$"):
+        model.set_active_adapters("a", skip_layers=1)
+
+
+@pytest.mark.parametrize("skip_layers", [[], [0], (1, 1), range(2), {1, 0}])
+def test_layers_of_the_model(model, skip_layers):
+    def states():
+        with torch.no_grad():
+            return model(INPUT_IDS).last_hidden_state
+
+    model.set_active_adapters("c", skip_layers=skip_layers)
+    assert model.adapters_config.skip_layers == list(skip_layers)
+    expected = states()
+    model.set_active_adapters("c", skip_layers=iter(skip_layers))
+    assert states().equal(expected)
+    model.set_active_adapters(None)
+    assert states().equal(expected) == ({*skip_layers} == {0, 1})
+    with fastfusion.AdapterSetup("c", skip_layers=skip_layers):
+        assert states().equal(expected)
+
+
 def single(name):
     return {"type": "single", "children": [name]}
 
