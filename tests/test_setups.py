@@ -34,7 +34,7 @@ NAMED = Fuse("b", "c", name="named")
 
 
 def make(names="abc", seed=0):
-    """A flexible BERT of fixed weights; adapters of these names, "a,b" and "named"; three heads."""
+    """A flexible BERT of fixed weights; adapters of these names, three fusions, three heads."""
     torch.manual_seed(0)
     model = AutoAdapterModel.from_pretrained(
         GOLDEN / "models/bert", attn_implementation="eager"
@@ -45,6 +45,7 @@ def make(names="abc", seed=0):
     if names == "abc":
         model.add_adapter_fusion(Fuse("a", "b"))
         model.add_adapter_fusion(NAMED)
+        model.add_adapter_fusion(Fuse("a", "a"))
         for name in ("a", "b", "task"):
             model.add_classification_head(name, num_labels=3)
     tiny.randomize(model)
@@ -116,6 +117,7 @@ SETUPS = [
     Average("a", "b", weights=[0.3, 0.1]),
     Average("a", "b", "c", weights=[0.3, 0.1, 2.0], normalize_weights=False),
     Average("a", "b", peer_scaling=True),
+    Fuse("a", "a"),
     Split(Stack("a", "b"), Average("a", "c"), splits=3),
 ]
 
@@ -292,6 +294,8 @@ PEER_SETUPS = {
     "batch": (BatchSplit("a", "b", batch_sizes=[1, 3]), BatchSplit("a", "b", batch_sizes=[1, 3])),
     "split": (Split("a", "b", splits=[2, 4]), None),
     "multi": (Stack("c", MultiTask("a", "b")), "task"),
+    "twice": (Fuse("a", "a"), "task"),
+    "thrice": (Stack("c", Fuse("a", "b", "a")), "task"),
     "average": (
         Average("a", "b", weights=[0.5, 1.5], normalize_weights=False, peer_scaling=True),
         "task",
@@ -306,6 +310,8 @@ def test_exchange_with_adapters(model, tmp_path, use_safetensors):
     python = os.environ.get("FASTFUSION_PEER_PYTHON")
     if not python:
         pytest.fail("FASTFUSION_PEER_PYTHON: the interpreter with adapters 1.3.0")
+    model.add_adapter_fusion(Fuse("a", "b", "a"))
+    tiny.randomize(model)
     expected = {}
     for name, (setup, head_setup) in PEER_SETUPS.items():
         model.save_adapter_setup(
