@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference, rows, serialization
+from . import reference, rows, saved_setups, serialization
 from .composition import AdapterCompositionBlock, Fuse, Setup, parse_composition
 from .configuration import (
     LOCATIONS,
@@ -553,8 +553,8 @@ class ModelAdaptersMixin:
     save_head = serialization.save_head
     save_all_heads = serialization.save_all_heads
     load_head = serialization.load_head
-    save_adapter_setup = serialization.save_adapter_setup
-    load_adapter_setup = serialization.load_adapter_setup
+    save_adapter_setup = saved_setups.save_adapter_setup
+    load_adapter_setup = saved_setups.load_adapter_setup
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' `save_pretrained`: the whole model with its adapters and fusions.

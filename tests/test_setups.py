@@ -237,6 +237,22 @@ def test_bare_and_static_models(model, tmp_path):
     assert first.classifier.weight.equal(second.classifier.weight)
 
 
+def test_warnings_point_at_the_caller(model, tmp_path):
+    model.save_adapter_setup(tmp_path, "a", "task")
+    path = tmp_path / "a/adapter.safetensors"
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    bare = AutoModel.from_pretrained(GOLDEN / "models/bert")
+    fastfusion.init(bare)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bare.load_adapter_setup(tmp_path, strict=False)
+    line = inspect.currentframe().f_lineno - 1
+    assert [(w.filename, w.lineno) for w in caught] == [(__file__, line)] * 2
+    assert "cannot take the heads" in str(caught[0].message)
+    assert "missing" in str(caught[1].message)
+
+
 # -- files of adapters ----------------------------------------------------------------------------
 
 
