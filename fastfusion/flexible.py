@@ -234,7 +234,8 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             adapter_setup, skip_layers: as in `ModelAdaptersMixin.set_active_adapters`.
 
         Raises:
-            ValueError: an adapter or fusion that the model does not have, or a forbidden nesting.
+            ValueError: an adapter, fusion or layer that the model does not have, or a forbidden
+                nesting.
         """
         super().set_active_adapters(adapter_setup, skip_layers)
         heads = _heads_of(self.active_adapters)

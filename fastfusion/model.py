@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference, rows, serialization
+from . import reference, rows, saved_setups, serialization
 from .composition import AdapterCompositionBlock, Fuse, Setup, Split, parse_composition
 from .configuration import (
     LOCATIONS,
@@ -159,6 +159,20 @@ class ModelAdapters:
                     f"{list(self.config.fusion_names[fuse.name])}; got {names}"
                 )
 
+    def checked_layers(self, skip_layers: Any) -> list[int]:
+        """The numbers of layers as a list; raise a ValueError unless the model has all of them."""
+        given = list(skip_layers) if isinstance(skip_layers, Iterable) else skip_layers
+        last = max(layer.layer_idx for layer in self.layers)
+        # a bool is an int too
+        if not isinstance(given, list) or not all(
+            type(number) is int and 0 <= number <= last for number in given
+        ):
+            raise ValueError(
+                f"skip_layers: expected a list of the model's layer numbers, 0 to {last}; "
+                f"got {given!r}"
+            )
+        return given
+
 
 def _fuses(setup: Setup) -> Iterator[Fuse]:
     if isinstance(setup, Fuse):
@@ -219,16 +233,13 @@ class ModelAdaptersMixin:
                 2021).
 
         Raises:
-            ValueError: an adapter or fusion that the model does not have, or a forbidden nesting.
+            ValueError: an adapter, fusion or layer that the model does not have, or a forbidden
+                nesting.
         """
         setup = parse_composition(adapter_setup)
         self.model_adapters.check_setup(setup)
         skip_layers = () if skip_layers is None else skip_layers
-        if not isinstance(skip_layers, Iterable) or not all(
-            isinstance(i, int) for i in skip_layers
-        ):
-            raise ValueError(f"skip_layers: expected a list of layer numbers; got {skip_layers!r}")
-        self.model_adapters.activate(setup, list(skip_layers))
+        self.model_adapters.activate(setup, self.model_adapters.checked_layers(skip_layers))
 
     def adapter_plan(self, setups: Sequence[Any] | None = None) -> AdapterPlan:
         """What a setup becomes at every place: `print(model.adapter_plan().explain())`.
@@ -555,8 +566,8 @@ class ModelAdaptersMixin:
     save_head = serialization.save_head
     save_all_heads = serialization.save_all_heads
     load_head = serialization.load_head
-    save_adapter_setup = serialization.save_adapter_setup
-    load_adapter_setup = serialization.load_adapter_setup
+    save_adapter_setup = saved_setups.save_adapter_setup
+    load_adapter_setup = saved_setups.load_adapter_setup
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' `save_pretrained`: the whole model with its adapters and fusions.
@@ -769,6 +780,8 @@ class ModelAdaptersMixin:
         context = AdapterSetup.get_context()
         if row_setups is None and context is None:
             return (self.active_adapters,)
+        if context is not None and context.skip_layers is not None:
+            self.model_adapters.checked_layers(context.skip_layers)
         if row_setups is self.model_adapters.routed.setups:
             return row_setups
         setups = (context.adapter_setup,) if row_setups is None else row_setups

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .composition import (
-    AdapterCompositionBlock,
-    BatchSplit,
     Fuse,
-    Parallel,
-    Setup,
-    parse_composition,
 )
 from .configuration import (
     AdapterConfig,
@@ -41,12 +36,8 @@ from .files import (
     ADAPTER_FILES,
     FUSION_FILES,
     HEAD_FILES,
-    SETUP_FILE,
-    checked_target,
     read_files,
-    read_with_parts,
     write_files,
-    write_with_parts,
 )
 from .heads import PredictionHead, head_from_config
 from .modules import check_module_name
@@ -59,6 +50,9 @@ try:
     LIBRARY_VERSION = metadata.version("fastfusion")
 except metadata.PackageNotFoundError:  # imported from a checkout
     LIBRARY_VERSION = "0+unknown"
+
+_READERS = (__name__, f"{__package__}.saved_setups")
+"""No warning points at a line of these modules, but at the one that called them."""
 
 
 # ---- names in state dicts -----------------------------------------------------------------------
@@ -124,11 +118,12 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {key.replace("_orig_mod.", ""): t for key, t in model.state_dict().items()}
 
 
-def _has_static_head(model: nn.Module) -> bool:
+def has_static_head(model: nn.Module) -> bool:
+    """Whether a model has the one head of its class, and no heads by name."""
     return not hasattr(model, "heads") and hasattr(model, model.base_model_prefix)
 
 
-def _static_head(model: nn.Module) -> dict[str, Tensor]:
+def static_head(model: nn.Module) -> dict[str, Tensor]:
     """The entries of a transformers model with a head of its own that are not the base model's."""
     prefix = f"{model.base_model_prefix}."
     return {key: t for key, t in _state(model).items() if not key.startswith(prefix)}
@@ -140,10 +135,14 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(names[:20]) + more
 
 
-def _warn(text: str) -> None:
-    """Warn at the line that called this module, however deep in it the reason was found."""
+def warn(text: str) -> None:
+    """Warn at the line that called these modules, however deep in them the reason was found.
+
+    Args:
+        text: the warning.
+    """
     level, frame = 1, sys._getframe()
-    while frame is not None and frame.f_globals is globals():
+    while frame is not None and frame.f_globals.get("__name__") in _READERS:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
@@ -181,7 +180,7 @@ def _match(
         text = f"{source}: {'; '.join(problems)}"
         if strict:
             raise ValueError(f"{text} (strict=False takes what fits)")
-        _warn(text)
+        warn(text)
 
     fitting = {key: tensor for key, tensor in tensors.items() if key in expected}
     shapes = [
@@ -207,11 +206,16 @@ def _match(
         raise ValueError(f"{source}: values leave the range of {_listing(overflowing)}")
     strange = [key for key, tensor in fitting.items() if not _is_finite(tensor).all()]
     if strange:
-        _warn(f"{source}: NaN or infinity in {_listing(strange)}")
+        warn(f"{source}: NaN or infinity in {_listing(strange)}")
     return fitting
 
 
-def _field(config: Mapping[str, Any], key: str, types: tuple[type, ...], source: str) -> Any:
+def checked_field(config: Mapping[str, Any], key: str, types: tuple[type, ...], source: str) -> Any:
+    """A value of a configuration, which `source` has.
+
+    Raises:
+        ValueError: it is missing or of none of the types.
+    """
     value = config.get(key)
     if not isinstance(value, types):
         expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
@@ -287,7 +291,7 @@ def save_adapter(
     config = _full_config(model, meta_dict, name=adapter_name, config=values)
     tensors = select(_state(model), "adapter", adapter_name)
     write_files(save_directory, ADAPTER_FILES, config, tensors, use_safetensors, "save_directory")
-    if with_head and (_has_static_head(model) or adapter_name in getattr(model, "heads", ())):
+    if with_head and (has_static_head(model) or adapter_name in getattr(model, "heads", ())):
         save_head(model, save_directory, adapter_name, use_safetensors=use_safetensors)
 
 
@@ -355,14 +359,14 @@ def load_adapter(
     argument = "adapter_name_or_path"
     saved, tensors = read_files(adapter_name_or_path, ADAPTER_FILES, use_safetensors, argument)
     source = str(Path(adapter_name_or_path) / ADAPTER_FILES.config)
-    saved_name = _field(saved, "name", (str,), source)
+    saved_name = checked_field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
     check_module_name(name, f"{source}: name" if load_as is None else "load_as")
     _check_hidden_size(model, saved, source)
     tensors = _prepared(model, tensors, "adapter", saved_name, name, source)
     adapter_config = _adapter_config(saved, tensors, source)
     if config is not None and AdapterConfig.load(config) != adapter_config:
-        _warn(f"config: ignored, {source} has another one")
+        warn(f"config: ignored, {source} has another one")
     left_out = sorted({*adapter_config.leave_out, *(leave_out or ())})
     if left_out != sorted(adapter_config.leave_out):
         adapter_config = adapter_config.replace(leave_out=left_out)
@@ -396,7 +400,7 @@ def _adapter_config(
     saved: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
 ) -> BnConfig:
     """The adapter's configuration, brought up to date where an early library wrote it."""
-    values = dict(_field(saved, "config", (dict,), source))
+    values = dict(checked_field(saved, "config", (dict,), source))
     activation = values.get("non_linearity")
     if "version" not in saved and isinstance(activation, str):
         values["non_linearity"] = _LEGACY_ACTIVATIONS.get(activation, activation)
@@ -505,8 +509,8 @@ def _fusion_name(names: Fuse | Sequence[str] | str) -> str:
     return names.name if isinstance(names, Fuse) else ",".join(names)
 
 
-def _fusion_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The fusion's module at every place, by its key without the base model's prefix."""
+def fusion_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A fusion's module at every place, by its key without the base model's prefix."""
     found = {}
     for path, module in model.named_modules():
         if path.split(".")[-2:] == ["adapter_fusion_layer", name]:
@@ -555,7 +559,7 @@ def save_adapter_fusion(
         adapter_names=list(record.fusion_names[name]),
     )
     temperatures = {}
-    for path, module in _fusion_modules(model, name).items():
+    for path, module in fusion_modules(model, name).items():
         if module.temperature is not None:
             module.settle_temperature()
             temperatures[path] = module.temperature.item()
@@ -625,14 +629,14 @@ def load_adapter_fusion(
         adapter_fusion_name_or_path, FUSION_FILES, use_safetensors, argument
     )
     source = str(Path(adapter_fusion_name_or_path) / FUSION_FILES.config)
-    saved_name = _field(saved, "name", (str,), source)
+    saved_name = checked_field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
     check_module_name(name, f"{source}: name" if load_as is None else "load_as")
     _check_hidden_size(model, saved, source)
     record = model.adapters_config
     # files from before fusions had names list the adapters in the name alone
     saved.setdefault("adapter_names", saved_name.split(","))
-    adapter_names = _field(saved, "adapter_names", (list,), source)
+    adapter_names = checked_field(saved, "adapter_names", (list,), source)
     if not adapter_names or not all(isinstance(n, str) for n in adapter_names):
         raise ValueError(
             f"{source}: expected names of adapters under 'adapter_names'; got {adapter_names!r}"
@@ -640,7 +644,7 @@ def load_adapter_fusion(
     if missing := [n for n in adapter_names if n not in record.adapters]:
         raise ValueError(f"{source}: the model lacks the adapters {missing} of fusion {name!r}")
     try:
-        config = AdapterFusionConfig.load(_field(saved, "config", (dict,), source))
+        config = AdapterFusionConfig.load(checked_field(saved, "config", (dict,), source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if record.fusion_names.get(name, adapter_names) != adapter_names:
@@ -667,7 +671,7 @@ def load_adapter_fusion(
         if is_new:
             model.delete_adapter_fusion(name)
         raise
-    for path, module in _fusion_modules(model, name).items():
+    for path, module in fusion_modules(model, name).items():
         if module.temperature is not None:
             module.settle_temperature()  # a step that is still due is not the loaded one's
             start = temperatures.get(path, module.INITIAL_TEMPERATURE)
@@ -718,7 +722,7 @@ def save_head(
         NotADirectoryError: `save_directory` is something else.
         ValueError: the model has no head, or none of this name.
     """
-    if _has_static_head(model):
+    if has_static_head(model):
         config = _full_config(
             model,
             None,
@@ -727,7 +731,7 @@ def save_head(
             label2id=model.config.label2id,
             num_labels=model.config.num_labels,
         )
-        tensors = _static_head(model)
+        tensors = static_head(model)
         write_files(save_directory, HEAD_FILES, config, tensors, use_safetensors, "save_directory")
         return
     if not hasattr(model, "heads"):
@@ -838,13 +842,13 @@ def _read_head_beside(
     argument: str,
 ) -> _ReadHead | None:
     """The head beside an adapter or fusion, if there is one that the model can take."""
-    takes_heads = hasattr(model, "heads") or _has_static_head(model)
+    takes_heads = hasattr(model, "heads") or has_static_head(model)
     if not takes_heads or not (Path(directory) / HEAD_FILES.config).is_file():
         return None
     try:
         return _read_head(model, directory, load_as, use_safetensors, id2label, strict, argument)
     except _OtherHead as error:
-        _warn(f"with_head: the head is left out: {error}")
+        warn(f"with_head: the head is left out: {error}")
     return None
 
 
@@ -864,7 +868,7 @@ def _read_head(
     """Read a head and check it against the model, which is not changed."""
     saved, tensors = read_files(directory, HEAD_FILES, use_safetensors, argument)
     source = str(Path(directory) / HEAD_FILES.config)
-    saved_class = _field(saved, "model_class", (str,), source)
+    saved_class = checked_field(saved, "model_class", (str,), source)
     own_class = type(model).__name__
     # the first library's name for classes with heads by name
     if saved_class.replace("ModelWithHeads", "AdapterModel") != own_class:
@@ -873,16 +877,16 @@ def _read_head(
 
     if not hasattr(model, "heads"):
         label2id = _static_label2id(saved, id2label, source)
-        tensors = _match(tensors, _static_head(model), strict, source)
+        tensors = _match(tensors, static_head(model), strict, source)
         return _ReadHead(model, None, tensors, label2id)
 
-    saved_name = _field(saved, "name", (str,), source)
+    saved_name = checked_field(saved, "name", (str,), source)
     name = saved_name if load_as is None else load_as
     check_module_name(name, f"{source}: name" if load_as is None else "load_as")
-    config = dict(_field(saved, "config", (dict,), source))
+    config = dict(checked_field(saved, "config", (dict,), source))
     if id2label is not None:
         config |= {"id2label": id2label, "label2id": None}
-    _field(config, "head_type", (str,), source)
+    checked_field(config, "head_type", (str,), source)
     tensors = rename(tensors, "head", saved_name, name)
     _check_head_size(config, tensors, source)
     try:
@@ -923,242 +927,3 @@ def _check_head_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], s
             raise ValueError(
                 f"{source}: expected {key!r} to be at most {largest}, by the tensors; got {size}"
             )
-
-
-# ---- setups -------------------------------------------------------------------------------------
-
-HeadSetup = bool | str | list[str] | AdapterCompositionBlock | None
-
-
-def save_adapter_setup(
-    model: nn.Module,
-    save_directory: str | os.PathLike,
-    adapter_setup: Setup | Sequence,
-    head_setup: HeadSetup = None,
-    meta_dict: Mapping[str, Any] | None = None,
-    *,
-    use_safetensors: bool = True,
-) -> None:
-    """Write a setup with its adapters and fusions and their heads, each in a directory of its name.
-
-    It replaces an older one; should the write be interrupted, `load_adapter_setup` finds the older
-    one or the new one, whole.
-
-    Args:
-        model: a patched model.
-        save_directory: made if need be.
-        adapter_setup: a name or a block, as for `set_active_adapters`.
-        head_setup: the heads that the setup is to run with: a name, a list, or a BatchSplit or
-            Parallel of names; True is what is active, or the only head of a class. They are
-            written beside those that `save_adapter` writes with the adapters.
-        meta_dict: further keys of the JSON files.
-        use_safetensors: False writes the pickles that `adapters` reads by default.
-
-    Raises:
-        NotADirectoryError: `save_directory`, or the directory of a name in it, is something else.
-        ValueError: the model lacks a part of the setup or of the heads, or a name cannot be that of
-            a directory; nothing is written then.
-    """
-    setup = parse_composition(adapter_setup)
-    if setup is None:
-        raise ValueError(f"adapter_setup: expected adapters; got {adapter_setup!r}")
-    model.model_adapters.check_setup(setup)
-    heads = _checked_head_setup(model, head_setup)
-    directory = checked_target(save_directory, "save_directory")
-    adapters, fusions, head_names = _setup_names(setup, heads)
-    for name in (*adapters, *fusions, *head_names):
-        checked_target(subdirectory(directory, name), "save_directory")
-
-    def write_parts(directory: Path) -> None:
-        for name in adapters:
-            save_adapter(
-                model, directory / name, name, True, meta_dict, use_safetensors=use_safetensors
-            )
-        for name in fusions:
-            save_adapter_fusion(
-                model, directory / name, name, meta_dict, use_safetensors=use_safetensors
-            )
-        for name in head_names:
-            save_head(model, directory / name, name, use_safetensors=use_safetensors)
-        if heads is True:
-            save_head(model, directory, use_safetensors=use_safetensors)
-
-    with_adapters = adapters if _has_static_head(model) else getattr(model, "heads", ())
-    config = {
-        "adapter_setup": setup.to_dict(),
-        "head_setup": heads.to_dict() if isinstance(heads, AdapterCompositionBlock) else heads,
-        # a directory may hold another head from before
-        "heads": sorted({*head_names, *(name for name in adapters if name in with_adapters)}),
-        "version": FORMAT_VERSION,
-        "fastfusion_version": LIBRARY_VERSION,
-    }
-    write_with_parts(directory, SETUP_FILE, config, write_parts, "save_directory")
-
-
-def load_adapter_setup(
-    model: nn.Module,
-    adapter_setup_name_or_path: str | os.PathLike,
-    *,
-    set_active: bool = False,
-    strict: bool = True,
-    use_safetensors: bool | None = None,
-) -> tuple[AdapterCompositionBlock, HeadSetup]:
-    """Add the adapters, fusions and heads of the setup in a directory to the model.
-
-    Those that the model has already, with the same configuration, get the weights of the files. The
-    model is as it was if anything does not fit.
-
-    Args:
-        model: a patched model.
-        adapter_setup_name_or_path: a directory, as `save_adapter_setup` or `adapters` wrote it.
-        set_active: activate the setup and its heads: those it was saved with, else those that
-            `set_active_adapters` finds.
-        strict, use_safetensors: as in `load_adapter`.
-
-    Returns:
-        The setup, and the heads that it was saved with: a name, a list, a block, True for the only
-        head of a class, or None.
-
-    Raises:
-        FileNotFoundError: the directory, or a file or directory in it, is missing.
-        NotADirectoryError: `adapter_setup_name_or_path` is something else.
-        NotImplementedError: a hub's identifier, or a method or head that is not supported yet.
-        ValueError: the files are damaged or do not fit the model or each other.
-    """
-    argument = "adapter_setup_name_or_path"
-    saved, directory = read_with_parts(adapter_setup_name_or_path, SETUP_FILE, argument)
-    source = str(Path(adapter_setup_name_or_path) / SETUP_FILE)
-    setup = _read_setup(saved, "adapter_setup", source)
-    head_setup = saved.get("head_setup")
-    if isinstance(head_setup, dict):
-        head_setup = _read_setup(saved, "head_setup", source)
-    heads = _head_setup_of_file(model, head_setup, source)
-    adapters, fusions, head_names = _setup_names(setup, heads)
-    for name in (*adapters, *fusions, *head_names):
-        if not subdirectory(directory, name).is_dir():
-            raise FileNotFoundError(
-                f"{argument}: no directory {name!r} in {str(directory)!r}, which {SETUP_FILE} names"
-            )
-    # adapters does not list them
-    listed = _field(saved, "heads", (list,), source) if "heads" in saved else adapters
-
-    arguments = {"strict": strict, "use_safetensors": use_safetensors}
-    with _all_or_nothing(model, adapters, fusions, head_names):
-        for name in adapters:
-            path, with_head = directory / name, name in listed and name not in head_names
-            load_adapter(model, path, load_as=name, with_head=with_head, **arguments)
-        for name in fusions:
-            load_adapter_fusion(model, directory / name, name, with_head=False, **arguments)
-        for name in head_names:
-            load_head(model, directory / name, name, set_active=False, **arguments)
-        own_head = (
-            load_head(model, directory, set_active=False, **arguments) if heads is True else None
-        )
-        model.model_adapters.check_setup(setup)
-        if set_active:
-            model.set_active_adapters(setup)
-            if own_head or head_names:
-                model.active_head = own_head or heads
-    return setup, head_setup or None
-
-
-def _setup_names(
-    setup: AdapterCompositionBlock, heads: HeadSetup
-) -> tuple[list[str], list[str], list[str]]:
-    """The adapters, fusions and heads that belong to a setup."""
-    fusions = {block.name for block in (setup, *setup) if isinstance(block, Fuse)}
-    names = [heads] if isinstance(heads, str) else [] if heads in (None, True) else heads
-    return sorted(setup.flatten()), sorted(fusions), sorted(set(names))
-
-
-def _checked_head_setup(model: nn.Module, head_setup: HeadSetup) -> HeadSetup:
-    """The heads to save with a setup, as `check_heads` gives them; True for those of a class."""
-    if head_setup is None or head_setup is False:
-        return None
-    if _has_static_head(model) and head_setup is not True:
-        raise ValueError(
-            f"head_setup: expected True or None for a class's head; got {head_setup!r}"
-        )
-    if not _has_static_head(model) and not hasattr(model, "heads"):
-        raise ValueError(f"head_setup: {type(model).__name__} has no heads; got {head_setup!r}")
-    if _has_static_head(model):
-        return True
-    if head_setup is True:
-        head_setup = model.active_head
-        if head_setup is None:
-            raise ValueError("head_setup: expected an active head, to be saved with True; got none")
-    return model.check_heads(head_setup, "head_setup")
-
-
-def _head_setup_of_file(model: nn.Module, head_setup: Any, source: str) -> HeadSetup:
-    """The heads that the model is to load; None, with a warning, where it cannot take any."""
-    names = [head_setup] if isinstance(head_setup, str) else head_setup
-    if isinstance(names, (list, BatchSplit, Parallel)):
-        is_valid = all(isinstance(name, str) for name in names)
-    else:
-        is_valid = names is None or isinstance(names, bool)
-    if not is_valid:
-        raise ValueError(
-            f"{source}: expected true, null, a name, a list, or a BatchSplit or Parallel of names "
-            f"under 'head_setup'; got {head_setup!r}"
-        )
-    if not head_setup:
-        return None
-    if hasattr(model, "heads") or (head_setup is True and _has_static_head(model)):
-        return head_setup
-    _warn(f"{source}: {type(model).__name__} cannot take the heads {head_setup!r}")
-    return None
-
-
-def _read_setup(saved: Mapping[str, Any], key: str, source: str) -> AdapterCompositionBlock:
-    try:
-        setup = parse_composition(AdapterCompositionBlock.from_dict(saved[key]))
-        names = [block.name for block in (setup, *setup) if isinstance(block, Fuse)]
-        if all(isinstance(name, str) for name in names):
-            return setup
-        reason = "a Fuse whose name is no text"
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
-    raise ValueError(
-        f"{source}: expected a setup under {key!r}, in the form of `to_dict` ({reason}); "
-        f"got {str(saved.get(key))[:200]}"
-    )
-
-
-@contextlib.contextmanager
-def _all_or_nothing(
-    model: nn.Module, adapters: list[str], fusions: list[str], heads: list[str]
-) -> Iterator[None]:
-    """On an error the model has the adapters, fusions, heads and weights from before."""
-    record = model.adapters_config
-    old_adapters, old_fusions = set(record.adapters), set(record.fusions)
-    old_heads = dict(getattr(model, "heads", {}))
-    state = model.state_dict()
-    kept = _static_head(model) if _has_static_head(model) else {}
-    for kind, names in (("adapter", adapters), ("fusion", fusions), ("head", old_heads)):
-        for name in names:
-            kept |= select(state, kind, name)
-    kept = {key: tensor.clone() for key, tensor in kept.items()}
-    temperatures = {}
-    for name in fusions:
-        for module in _fusion_modules(model, name).values():
-            module.settle_temperature()
-            temperatures[module] = module.temperature
-    labels = model.config.label2id, model.config.id2label
-    try:
-        yield
-    except BaseException:
-        for name in set(record.fusions) - old_fusions:
-            model.delete_adapter_fusion(name)
-        for name in set(record.adapters) - old_adapters:
-            model.delete_adapter(name)
-        for name in list(getattr(model, "heads", ())):
-            if name not in old_heads:
-                model.delete_head(name)
-            elif model.heads[name] is not old_heads[name]:
-                model.add_prediction_head(old_heads[name], overwrite_ok=True, set_active=False)
-        model.load_state_dict(kept, strict=False)
-        for module, temperature in temperatures.items():
-            module.temperature = temperature
-        model.config.label2id, model.config.id2label = labels
-        raise

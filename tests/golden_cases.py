@@ -46,15 +46,15 @@ def tensors(group: str) -> dict[str, Tensor]:
     return load_file(GOLDEN / "groups" / group / "io.safetensors")
 
 
-def cases() -> Iterator[Case]:
-    """Every case that the peer runs, with no head or classification heads."""
+def cases(peer_raises: bool = False) -> Iterator[Case]:
+    """Every case that the peer runs, or raises on, with no head or classification heads."""
     for group in GROUPS:
         heads = manifest()[group].get("heads", {})
         for case in manifest()[group]["cases"]:
             head = case.get("head")
             names = head if isinstance(head, list) else [head]
             is_ours = all(n is None or heads[n]["type"] == "classification" for n in names)
-            if is_ours and "peer_raises" not in case:
+            if is_ours and ("peer_raises" in case) == peer_raises:
                 yield Case(group, case)
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import GOLDEN, Case
+from literal_composition import Place, Walk, leaves
 from safetensors.torch import load_file
+from test_mixture import make_layer
 
-from fastfusion import AdapterConfig, AdapterFusionConfig, reference
+from fastfusion import AdapterConfig, AdapterFusionConfig, AdapterSetup, reference
 from fastfusion.absorb import Bottleneck, Parameters, pack
 from fastfusion.ops import adapter_fusion
 from fastfusion.ops.activations import activation_code
@@ -71,6 +73,119 @@ def test_no_case_is_left_out():
         "roberta-mix": 16,
     }
 
+
+# -- where adapters raises -------------------------------------------------------------------------
+
+REFUSED = {
+    # decision 8: the lengths must be those of the whole sequence
+    "bert-seq_bn-c16": "splits: expected sequences of 7 tokens, their sum; got 6",
+    # decision 9: the sizes must be those of the whole batch
+    "bert-seq_bn-c22": "batch_sizes: expected a batch of 7 rows, their sum; got 4",
+}
+COMPUTED = {
+    # decision 7: a Parallel of parallel adapters copies the hidden states too
+    "bert-par-c08": {"a": slice(0, 2), "b": slice(2, 4)},
+    # decision 5: v11 is absent in layer 0, where its rows pass as without adapters. The pre step of
+    # the first adapter present is that of all rows (decision 21): v0 keeps another residual than
+    # v11, so only the first child's rows are as with it alone
+    "bert-variants-c23": {"v11": slice(0, 2)},
+    "bert-variants-c24": {"v0": slice(0, 2)},
+    "bert-variants-c25": {"v0": slice(0, 2)},
+}
+"""Cases that we compute, and the rows that come out as with one adapter alone."""
+RAISING = {str(case): case for case in golden_cases.cases(peer_raises=True)}
+
+
+def test_every_raising_case_is_decided():
+    assert RAISING.keys() == REFUSED.keys() | COMPUTED.keys()
+    assert [op["id"] for op in json.loads((GOLDEN / "ops.json").read_text()) if op not in OPS] == [
+        "adapter25"
+    ]
+
+
+@pytest.mark.parametrize("case_id", REFUSED)
+@pytest.mark.parametrize("way", ["active", "context", "embeddings", "tuple"])
+def test_case_that_is_refused(case_id, way):
+    """With a ValueError, before anything is computed."""
+    case = RAISING[case_id]
+    model, inputs = model_of(case.group), golden_cases.inputs_of(case)
+    setup = golden_cases.setup_of(case.case["setup"])
+    model.set_active_adapters(None if way == "context" else setup)
+    if way == "embeddings":
+        embeddings = model.get_input_embeddings()
+        inputs["inputs_embeds"] = embeddings(inputs.pop("input_ids"))
+    arguments = (inputs.pop("input_ids"),) if way == "tuple" else ()
+    started = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: started.append(1))
+        for module in model.base_model.modules()
+        if module is not model.base_model
+    ]
+    with pytest.raises(ValueError) as info:
+        if way == "context":
+            with AdapterSetup(setup):
+                model(**inputs)
+        else:
+            model(*arguments, **inputs)
+    for hook in hooks:
+        hook.remove()
+    assert str(info.value) == REFUSED[case_id] and not started
+
+
+def literal_states(case: Case) -> torch.Tensor:
+    """The last hidden states in fp64, with the literal recursion at every place."""
+    model, inputs = golden_cases.load(case.group).double(), golden_cases.inputs_of(case)
+    setup = golden_cases.setup_of(case.case["setup"])
+    rows = len(inputs["input_ids"])
+    for layer in model.model_adapters.layers:
+        adapters, _ = leaves(dict(layer.adapters), torch.float64)
+        fusions, _ = leaves(dict(layer.adapter_fusion_layer), torch.float64)
+
+        def forward(hidden, input, layer_norm, adapters=adapters, fusions=fusions):
+            walk = Walk(Place(adapters, fusions, layer_norm), is_copied=len(hidden) > rows)
+            return walk.run(setup, hidden, input)
+
+        layer.forward = forward
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case_id", COMPUTED)
+def test_case_that_only_we_compute(case_id, backend):
+    case = RAISING[case_id]
+    model, inputs = model_of(case.group), golden_cases.inputs_of(case)
+    model.set_backend(backend)
+    found = golden_cases.run(model, case)["last_hidden_state"]
+    expected = literal_states(case).float()
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    model.set_backend("reference")
+    size = len(inputs["input_ids"])
+    for name, rows in COMPUTED[case_id].items():
+        model.set_active_adapters(name)
+        own = {key: t.repeat(len(found) // size, 1)[rows] for key, t in inputs.items()}
+        with torch.no_grad():
+            alone = model(**own).last_hidden_state
+        torch.testing.assert_close(found[rows], alone, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="fp64")
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_post_add_without_a_layer_norm(backend):
+    """Operation adapter25. Decision 20: the residual is the sum, as where there is a LayerNorm."""
+    config = {"residual_before_ln": "post_add", "non_linearity": "leakyrelu"}
+    layer = make_layer([config])
+    layer.settings.backend = backend
+    hidden, input = (torch.randn(2, 5, 12, dtype=torch.float64) for _ in "hi")
+    adapter = dict(layer.adapters["a"].named_parameters())
+    with torch.no_grad():
+        summed = hidden + input
+        down = F.linear(summed, adapter["adapter_down.0.weight"], adapter["adapter_down.0.bias"])
+        up = F.linear(F.leaky_relu(down), adapter["adapter_up.weight"], adapter["adapter_up.bias"])
+        torch.testing.assert_close(layer.forward(hidden, input, None), up + summed + input)
+
+
+# -- isolated operations ---------------------------------------------------------------------------
 
 OPS = [op for op in json.loads((GOLDEN / "ops.json").read_text()) if "peer_raises" not in op]
 

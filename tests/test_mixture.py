@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from literal_composition import Place, Walk, leaves
 from torch import nn
 
 from fastfusion import absorb
@@ -118,6 +119,28 @@ def test_fusion_settings(form, fusion, dropout):
     layer = make_layer([{}, {}, {}], fusion, dropout=dropout)
     layer.adapter_fusion_layer.train(dropout > 0)
     check(layer)
+
+
+TWICE = [Fuse("a", "a", name="a,b"), Fuse("a", "b", "a", name="a,b")]
+TWICE += [Fuse(Stack("b", "a"), "a", name="a,b"), Stack("b", TWICE[0])]
+
+
+@pytest.mark.parametrize("setup", TWICE, ids=repr)
+def test_an_adapter_twice_in_a_fuse(form, setup):
+    """As in `adapters`: it is fused with itself, and its gradient is the sum of both."""
+    layer = make_layer([{}, {"reduction_factor": 5}], {}, setup)
+    check(layer)
+    hidden, input = (torch.randn(2, 3, HIDDEN, dtype=torch.float64) for _ in "hi")
+    norm = nn.LayerNorm(HIDDEN).double()
+    parts = (
+        leaves(dict(m), torch.float64)[0] for m in (layer.adapters, layer.adapter_fusion_layer)
+    )
+    expected = Walk(Place(*parts, norm)).run(setup, hidden, input)
+    torch.testing.assert_close(layer.forward(hidden, input, norm), expected, **TOLERANCE)
+    if setup is TWICE[0]:
+        # equal scores: half of each, which is the adapter
+        layer.activate(layer.lower(Fuse("a", name="a,b"), ()))
+        torch.testing.assert_close(layer.forward(hidden, input, norm), expected, **TOLERANCE)
 
 
 ADAPTERS = {

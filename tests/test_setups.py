@@ -34,7 +34,7 @@ NAMED = Fuse("b", "c", name="named")
 
 
 def make(names="abc", seed=0):
-    """A flexible BERT of fixed weights; adapters of these names, "a,b" and "named"; three heads."""
+    """A flexible BERT of fixed weights; adapters of these names, three fusions, three heads."""
     torch.manual_seed(0)
     model = AutoAdapterModel.from_pretrained(
         GOLDEN / "models/bert", attn_implementation="eager"
@@ -45,6 +45,7 @@ def make(names="abc", seed=0):
     if names == "abc":
         model.add_adapter_fusion(Fuse("a", "b"))
         model.add_adapter_fusion(NAMED)
+        model.add_adapter_fusion(Fuse("a", "a"))
         for name in ("a", "b", "task"):
             model.add_classification_head(name, num_labels=3)
     tiny.randomize(model)
@@ -116,6 +117,7 @@ SETUPS = [
     Average("a", "b", weights=[0.3, 0.1]),
     Average("a", "b", "c", weights=[0.3, 0.1, 2.0], normalize_weights=False),
     Average("a", "b", peer_scaling=True),
+    Fuse("a", "a"),
     Split(Stack("a", "b"), Average("a", "c"), splits=3),
 ]
 
@@ -235,6 +237,22 @@ def test_bare_and_static_models(model, tmp_path):
     assert first.classifier.weight.equal(second.classifier.weight)
 
 
+def test_warnings_point_at_the_caller(model, tmp_path):
+    model.save_adapter_setup(tmp_path, "a", "task")
+    path = tmp_path / "a/adapter.safetensors"
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    bare = AutoModel.from_pretrained(GOLDEN / "models/bert")
+    fastfusion.init(bare)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bare.load_adapter_setup(tmp_path, strict=False)
+    line = inspect.currentframe().f_lineno - 1
+    assert [(w.filename, w.lineno) for w in caught] == [(__file__, line)] * 2
+    assert "cannot take the heads" in str(caught[0].message)
+    assert "missing" in str(caught[1].message)
+
+
 # -- files of adapters ----------------------------------------------------------------------------
 
 
@@ -292,6 +310,8 @@ PEER_SETUPS = {
     "batch": (BatchSplit("a", "b", batch_sizes=[1, 3]), BatchSplit("a", "b", batch_sizes=[1, 3])),
     "split": (Split("a", "b", splits=[2, 4]), None),
     "multi": (Stack("c", MultiTask("a", "b")), "task"),
+    "twice": (Fuse("a", "a"), "task"),
+    "thrice": (Stack("c", Fuse("a", "b", "a")), "task"),
     "average": (
         Average("a", "b", weights=[0.5, 1.5], normalize_weights=False, peer_scaling=True),
         "task",
@@ -306,6 +326,8 @@ def test_exchange_with_adapters(model, tmp_path, use_safetensors):
     python = os.environ.get("FASTFUSION_PEER_PYTHON")
     if not python:
         pytest.fail("FASTFUSION_PEER_PYTHON: the interpreter with adapters 1.3.0")
+    model.add_adapter_fusion(Fuse("a", "b", "a"))
+    tiny.randomize(model)
     expected = {}
     for name, (setup, head_setup) in PEER_SETUPS.items():
         model.save_adapter_setup(
@@ -450,6 +472,68 @@ def test_files_in_the_way(model, tmp_path):
     model.add_adapter("a/b")
     with pytest.raises(ValueError, match="'a/b' cannot be the name of a directory"):
         model.save_adapter_setup(tmp_path / "y", "a/b")
+
+
+BAD_LAYERS = {
+    "behind the last": ([99], r"\[99\]"),
+    "one of them": ([0, 2], r"\[0, 2\]"),
+    "negative": ([-1], r"\[-1\]"),
+    "a bool": ([True], r"\[True\]"),
+    "bools for numbers": ((False, 1), r"\[False, 1\]"),
+    "a float": ([1.0], r"\[1\.0\]"),
+    "text": ("01", r"\['0', '1'\]"),
+    "None in a list": ([None], r"\[None\]"),
+}
+LAYERS = "^skip_layers: expected a list of the model's layer numbers, 0 to 1; got "
+
+
+@pytest.mark.parametrize("case", BAD_LAYERS)
+def test_bad_layers(model, case):
+    """At the call that sets them; of a context, at the model's call, before it computes."""
+    skip_layers, got = BAD_LAYERS[case]
+    model.set_active_adapters("b", skip_layers=[1])
+    model.active_head = "task"
+    with unchanged(model), pytest.raises(ValueError, match=f"{LAYERS}{got}$"):
+        model.set_active_adapters("a", skip_layers=skip_layers)
+    assert model.adapters_config.skip_layers == [1]
+    with torch.no_grad():
+        expected = model(INPUT_IDS).logits
+    started = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *_: started.append(1))
+    rows = ["a", "b", "c", "__base__"]
+    for arguments in ({}, {"adapter_names": rows}, {"adapter_ids": model.routing(rows)}):
+        for setup in ("a", None):
+            with fastfusion.AdapterSetup(setup, skip_layers=skip_layers):
+                with pytest.raises(ValueError, match=f"{LAYERS}{got}$"):
+                    model(INPUT_IDS, **arguments)
+                with pytest.raises(ValueError, match=LAYERS):
+                    model.adapter_plan()
+    assert not started
+    hook.remove()
+    with torch.no_grad():
+        assert model(INPUT_IDS).logits.equal(expected)
+
+
+def test_layers_that_are_no_list(model):
+    with unchanged(model), pytest.raises(ValueError, match=f"{LAYERS}1$"):
+        model.set_active_adapters("a", skip_layers=1)
+
+
+@pytest.mark.parametrize("skip_layers", [[], [0], (1, 1), range(2), {1, 0}])
+def test_layers_of_the_model(model, skip_layers):
+    def states():
+        with torch.no_grad():
+            return model(INPUT_IDS).last_hidden_state
+
+    model.set_active_adapters("c", skip_layers=skip_layers)
+    assert model.adapters_config.skip_layers == list(skip_layers)
+    expected = states()
+    model.set_active_adapters("c", skip_layers=iter(skip_layers))
+    assert states().equal(expected)
+    model.set_active_adapters(None)
+    assert states().equal(expected) == ({*skip_layers} == {0, 1})
+    with fastfusion.AdapterSetup("c", skip_layers=skip_layers):
+        assert states().equal(expected)
 
 
 def single(name):

@@ -31,6 +31,7 @@ LEVELS: list[list[str]] = [
     ["explain"],
     ["heads"],
     ["serialization"],
+    ["saved_setups"],
     ["patching"],
     ["model"],
     ["flexible"],
