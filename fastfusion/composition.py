@@ -303,6 +303,19 @@ def _note_peer_scaling() -> None:
     )
 
 
+def blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
+    """A setup's blocks, from the outermost on."""
+    if isinstance(setup, AdapterCompositionBlock):
+        yield setup
+        for child in setup:
+            yield from blocks(child)
+
+
+def fuses(setup: Setup | None) -> Iterator[Fuse]:
+    """A setup's Fuses."""
+    return (block for block in blocks(setup) if isinstance(block, Fuse))
+
+
 _ALLOWED_CHILDREN: dict[type, tuple[type, ...]] = {
     Stack: (Fuse, Split, Parallel, BatchSplit, Average, MultiTask),
     Fuse: (Stack,),

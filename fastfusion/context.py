@@ -1,7 +1,7 @@
 """What holds for one thread and one call: the setup to use, and what the forward is to report."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,8 +29,9 @@ class AdapterSetup:
             `set_active_adapters`.
 
     Raises:
-        ValueError: at the call of the model, for a name that the model does not have, and for a
-            Parallel or BatchSplit some of whose children have heads of their names and some not.
+        ValueError: at the call of the model, for a name or a layer that the model does not have,
+            and for a Parallel or BatchSplit some of whose children have heads of their names and
+            some not.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class AdapterSetup:
     ):
         self.adapter_setup: AdapterCompositionBlock | None = parse_composition(adapter_setup)
         self.head_setup = head_setup
-        self.skip_layers = None if skip_layers is None else list(skip_layers)
+        # what is no list, the model refuses; an iterator is read once
+        self.skip_layers = list(skip_layers) if isinstance(skip_layers, Iterable) else skip_layers
 
     def __enter__(self) -> "AdapterSetup":
         # the thread's own list: one object may be entered in several threads at once

@@ -132,7 +132,6 @@ class _Lowering:
     present: Present
     stages: list[tuple[Region, Stage]] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=lambda: [Lane()])
-    channels: int = 1
     tasks: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -171,7 +170,6 @@ class _Lowering:
         """
         first = self.first(block)
         if first is None:
-            self.channels = max(self.channels, _channels(block))
             return
         if isinstance(block, str):
             self.append(region, Stage((Branch(block),), pre=pre))
@@ -210,7 +208,6 @@ class _Lowering:
             return [replace(region, rows=part) for part in parts]
         if isinstance(block, Parallel):
             self._copy_lanes("channel", len(block))
-            self.channels = len(block)
             return [replace(region, channel=i) for i in range(len(block))]
         assert isinstance(block, MultiTask)
         self._copy_lanes("task", len(block))
@@ -258,7 +255,7 @@ class _Lowering:
             plans.append(plan)
         return Stage((), weights=weights, plans=tuple(plans), pre=pre)
 
-    def plan(self, last: str | None) -> Plan:
+    def plan(self, last: str | None, channels: int = 1) -> Plan:
         length, batch_size = self.sizes.get("length"), self.sizes.get("batch_size")
         lanes = tuple(
             replace(lane, last=last if lane.stages else None)
@@ -266,14 +263,7 @@ class _Lowering:
             if _begins_before(lane.region.tokens, length)
             and _begins_before(lane.region.rows, batch_size)
         )
-        return Plan(tuple(self.stages), lanes, self.channels, self.tasks, **self.sizes)
-
-
-def _channels(setup: Setup) -> int:
-    """The children of a setup's Parallel."""
-    if isinstance(setup, str):
-        return 1
-    return max(len(setup) if isinstance(setup, Parallel) else 1, *map(_channels, setup))
+        return Plan(tuple(self.stages), lanes, channels, self.tasks, **self.sizes)
 
 
 def _other(have: int | None, want: int | None) -> bool:
@@ -348,7 +338,7 @@ def lower(setup: AdapterCompositionBlock | None, present: Present) -> Plan:
     last = None
     for name in filter(present, _names(setup)):
         last = name
-    return lowering.plan(last)
+    return lowering.plan(last, setup.parallel_channels)
 
 
 def lower_rows(setups: Sequence[AdapterCompositionBlock | None], present: Present) -> Plan:

@@ -1,10 +1,8 @@
 """What a user calls on a model: `init`, `restore`, and the methods that a patched model has."""
 
 import functools
-import itertools
 import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, rows, saved_setups, serialization
-from .composition import AdapterCompositionBlock, Fuse, Setup, Split, parse_composition
+from .composition import AdapterCompositionBlock, Fuse, Split, blocks, fuses, parse_composition
 from .configuration import (
     LOCATIONS,
     AdapterConfig,
@@ -22,164 +20,13 @@ from .configuration import (
 )
 from .context import AdapterSetup, ForwardContext, recomputation_contexts
 from .explain import AdapterPlan
-from .lanes import BoundPlan
-from .layer import AdapterLayer, RoutedSetups
 from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
-from .patching import Architecture, architecture_of, patch, unpatch
-from .patching.architectures import Place
-
-_routing = threading.Lock()
-"""Held while a model's table of routed setups grows."""
+from .patching import architecture_of, unpatch
+from .places import ModelAdapters
 
 _ROW_ARGUMENTS = ("adapter_names", "adapter_ids", "task_ids")
 """The keyword arguments of a forward that choose a setup for each row."""
-
-
-class ModelAdapters:
-    """What all places of one model share.
-
-    Args:
-        base_model: the transformers model without its head.
-        architecture: its table entry.
-        backend: see `init`.
-    """
-
-    def __init__(self, base_model: nn.Module, architecture: Architecture, backend: str | None):
-        self.config = ModelAdaptersConfig()
-        self.backend = backend
-        self.model_config = base_model.config
-        self.attention_dropout = float(
-            getattr(base_model.config, architecture.attention_dropout, 0.0) or 0.0
-        )
-        self.requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
-        self.frozen = False
-        self.needed = rows.needed(None)
-        self.routed = RoutedSetups((), self.needed)
-        self.layers, self.done = patch(base_model, architecture, self._make_layer)
-
-    def _make_layer(self, place: Place) -> AdapterLayer:
-        return AdapterLayer(self, place.layer_idx, place.location)
-
-    def activate(
-        self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
-    ) -> None:
-        """Lower a setup at every place and, if that goes well, make it the active one."""
-        needed = rows.needed(setup)
-        plans = [layer.lower(setup, skip_layers) for layer in self.layers]
-        for layer, plan in zip(self.layers, plans, strict=True):
-            layer.activate(plan)
-        self.config.active_setup, self.needed = setup, needed
-        self.config.skip_layers = list(skip_layers)
-        self._update_routed()
-
-    def update_plans(self) -> None:
-        """Lower the active setup again: after a change of modules."""
-        self.activate(self.config.active_setup, self.config.skip_layers)
-
-    def route(self, setups: Sequence[AdapterCompositionBlock | None]) -> list[int]:
-        """The numbers of setups among those that were ever routed; new ones come at the end."""
-        with _routing:
-            known = tuple(dict.fromkeys((*self.routed.setups, *setups)))
-            if len(known) > len(self.routed.setups):
-                self._set_routed(*self._lowered_routed(known))
-        number = {setup: i for i, setup in enumerate(known)}
-        return [number[setup] for setup in setups]
-
-    def reset_routed(self) -> None:
-        """Forget the routed setups."""
-        with _routing:
-            self._set_routed(*self._lowered_routed(()))
-
-    def _lowered_routed(
-        self, setups: tuple[AdapterCompositionBlock | None, ...]
-    ) -> tuple[RoutedSetups, list[BoundPlan]]:
-        for setup in setups:
-            self.check_setup(setup)
-        plans = [layer.lower_rows(setups, self.config.skip_layers) for layer in self.layers]
-        return RoutedSetups(setups, rows.needed_rows(setups)), plans
-
-    def _set_routed(self, routed: RoutedSetups, plans: Sequence[BoundPlan]) -> None:
-        for layer, plan in zip(self.layers, plans, strict=True):
-            layer.routed_plan = plan
-        self.routed = routed
-
-    def _update_routed(self) -> None:
-        """Lower the routed setups again."""
-        try:
-            self._set_routed(*self._lowered_routed(self.routed.setups))
-        except ValueError as error:
-            # an adapter went that a number stands for: a forward with numbers says so
-            self.routed = self.routed._replace(obstacle=str(error))
-
-    @property
-    def skip_layers(self) -> Sequence[int]:
-        """The layers that this forward runs without adapters."""
-        context = AdapterSetup.get_context()
-        if context is None or context.skip_layers is None:
-            return self.config.skip_layers
-        return context.skip_layers
-
-    def has_copies(self, place: AdapterLayer) -> bool:
-        """Whether a place in front of this one has copied the batch for a Parallel."""
-        before = itertools.takewhile(lambda layer: layer is not place, self.layers)
-        return any(layer.current_plan().plan.has_channels for layer in before)
-
-    def modules(self, name: str) -> Iterator[tuple[AdapterLayer, Adapter]]:
-        """An adapter's modules, place by place."""
-        for layer in self.layers:
-            if name in layer.adapters:
-                yield layer, layer.adapters[name]
-
-    def fusion_modules(self, name: str) -> Iterator[tuple[AdapterLayer, AdapterFusion]]:
-        """A fusion's modules, place by place."""
-        for layer in self.layers:
-            if name in layer.adapter_fusion_layer:
-                yield layer, layer.adapter_fusion_layer[name]
-
-    def check_setup(self, setup: AdapterCompositionBlock | None) -> None:
-        """Raise a ValueError unless the model has every adapter and fusion of a setup."""
-        if setup is None:
-            return
-        known = ", ".join(self.config.adapters) or "none"
-        for name in sorted(setup.flatten()):
-            if name not in self.config.adapters:
-                raise ValueError(f"setup: expected adapters of the model ({known}); got {name!r}")
-        for fuse in _fuses(setup):
-            if fuse.name not in self.config.fusions:
-                fusions = ", ".join(map(repr, self.config.fusions)) or "none"
-                raise ValueError(
-                    f"setup: expected a fusion of the model ({fusions}); got {fuse.name!r}. "
-                    f"Add it first: model.add_adapter_fusion({fuse!r})"
-                )
-            names = [child if isinstance(child, str) else child.last() for child in fuse]
-            if names != list(self.config.fusion_names[fuse.name]):
-                raise ValueError(
-                    f"setup: fusion {fuse.name!r} is over "
-                    f"{list(self.config.fusion_names[fuse.name])}; got {names}"
-                )
-
-    def checked_layers(self, skip_layers: Any) -> list[int]:
-        """The numbers of layers as a list; raise a ValueError unless the model has all of them."""
-        given = list(skip_layers) if isinstance(skip_layers, Iterable) else skip_layers
-        last = max(layer.layer_idx for layer in self.layers)
-        # a bool is an int too
-        if not isinstance(given, list) or not all(
-            type(number) is int and 0 <= number <= last for number in given
-        ):
-            raise ValueError(
-                f"skip_layers: expected a list of the model's layer numbers, 0 to {last}; "
-                f"got {given!r}"
-            )
-        return given
-
-
-def _fuses(setup: Setup) -> Iterator[Fuse]:
-    if isinstance(setup, Fuse):
-        yield setup
-    if not isinstance(setup, str):
-        for child in setup:
-            yield from _fuses(child)
 
 
 class ModelAdaptersMixin:
@@ -433,7 +280,7 @@ class ModelAdaptersMixin:
         """
         name = self._fusion_name(adapter_names)
         active = self.active_adapters
-        if active is not None and name in {fuse.name for fuse in _fuses(active)}:
+        if active is not None and name in {fuse.name for fuse in fuses(active)}:
             if not force:
                 raise ValueError(
                     f"adapter_names: {name!r} is part of the active setup {active!r}; "
@@ -491,7 +338,7 @@ class ModelAdaptersMixin:
             ValueError: as `set_active_adapters`, or the setup has no Fuse.
         """
         setup = parse_composition(adapter_setup)
-        if setup is None or not any(_fuses(setup)):
+        if setup is None or not any(fuses(setup)):
             raise ValueError(f"adapter_setup: expected a Fuse or a Stack with one; got {setup!r}")
         self._train_setup(setup, adapters=unfreeze_adapters, fusions=True)
 
@@ -508,7 +355,7 @@ class ModelAdaptersMixin:
         if adapters:
             trained += [self.model_adapters.modules(name) for name in setup.flatten()]
         if fusions:
-            trained += [self.model_adapters.fusion_modules(fuse.name) for fuse in _fuses(setup)]
+            trained += [self.model_adapters.fusion_modules(fuse.name) for fuse in fuses(setup)]
         for modules in trained:
             for _, module in modules:
                 module.requires_grad_(True)
@@ -795,7 +642,7 @@ class ModelAdaptersMixin:
         """The modules of the current setups' fusions whose temperature falls."""
         if not any(config["temperature"] for config in self.adapters_config.fusions.values()):
             return []
-        names = {fuse.name for setup in setups if setup is not None for fuse in _fuses(setup)}
+        names = {fuse.name for setup in setups for fuse in fuses(setup)}
         return [
             module
             for name in sorted(names)
@@ -807,7 +654,7 @@ class ModelAdaptersMixin:
 def _cached_tokens(setups: Sequence[AdapterCompositionBlock | None], kwargs: dict[str, Any]) -> int:
     """Tokens before a forward's own in its key-value cache; where no Split counts tokens, 0."""
     cache = kwargs.get("past_key_values")
-    if cache is None or not any(isinstance(b, Split) for s in setups for b in rows.blocks(s)):
+    if cache is None or not any(isinstance(b, Split) for s in setups for b in blocks(s)):
         return 0
     if isinstance(cache, tuple):
         # keys [B, heads, S, d] first in each layer's entry; transformers 4 still takes these

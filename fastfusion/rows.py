@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .composition import (
     BatchSplit,
     MultiTask,
     Parallel,
-    Setup,
+    blocks,
     parse_composition,
 )
 from .lowering import Plan, lower, lower_rows
@@ -53,14 +53,6 @@ def parse_row(entry: Any, argument: str) -> AdapterCompositionBlock | None:
                 f"{argument}: expected blocks over one row; got {type(block).__name__} in {entry!r}"
             )
     return setup
-
-
-def blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
-    """A setup's blocks, from the outermost on."""
-    if isinstance(setup, AdapterCompositionBlock):
-        yield setup
-        for child in setup:
-            yield from blocks(child)
 
 
 def row_numbers(

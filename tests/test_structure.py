@@ -33,6 +33,7 @@ LEVELS: list[list[str]] = [
     ["serialization"],
     ["saved_setups"],
     ["patching"],
+    ["places"],
     ["model"],
     ["flexible"],
     ["trainer", "plots"],
