@@ -104,20 +104,24 @@ def routing() -> list[str]:
 
 
 def rows() -> list[str]:
+    texts = {
+        "one place": "A setup for each row, B=32, S=128, one place",
+        "4 layers": "A setup for each row, B=32, S=128, 4 layers",
+        "inactive": "One active adapter of those loaded, B=8, S=128, 4 layers",
+        "add_adapter": "One call of `add_adapter`, 4 layers, by its number",
+    }
     lines = []
-    for mode in ("one place", "4 layers", "inactive"):
+    for mode, text in texts.items():
         record, found = newest("rows", mode)
-        for title, results in found.items():
-            lines += [f"A setup for each row, B=32, S=128, {title}:", ""]
-            cells = [
-                [
-                    name,
-                    spread(result["ms"], 1),
-                    f"{spread(result['over_base'])} of {result['base']}",
-                ]
-                for name, result in results.items()
-            ]
-            lines += table(["", "ms", "time over"], cells)
+        for results in found.values():
+            lines += [f"{text}:", ""]
+            cells = []
+            for name, result in results.items():
+                error = result.get("relative_error")
+                over = f"{spread(result['over_base'])} of {result['base']}"
+                compared = "" if error is None else f"{error:.1e}"
+                cells.append([name, spread(result["ms"], 1), over, compared])
+            lines += table(["", "ms", "time over", "error"], cells)
     return [*lines, f"({source(record)})", ""]
 
 
