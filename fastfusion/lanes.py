@@ -97,8 +97,8 @@ class LaneTable:
 class Call(Protocol):
     """A part of what a plan runs."""
 
-    def can_run_now(self) -> bool:
-        """Whether it computes what the modules ask for in their present modes."""
+    def can_run_now(self, hidden: Tensor) -> bool:
+        """Whether it computes what the modules ask for in their present modes, and cheaply."""
 
     def run(self, state: State, lane_numbers: Tensor | None, around: Around) -> Tensor:
         """The hidden states behind it.
@@ -143,10 +143,15 @@ class GroupedCall:
         is_parallel = [s is not None and bool(s.mixture.config["is_parallel"]) for s in steps]
         self._parallel = LaneTable(list(map(int, is_parallel))) if any(is_parallel) else None
 
-    def can_run_now(self) -> bool:
-        fusions = [step.mixture.fusion for step in self._fusions.values()]
-        dropouts = {fusion.dropout if fusion.training else 0.0 for fusion in fusions}
-        return all(step.is_one_mixture() for step in self._steps) and len(dropouts) <= 1
+    def can_run_now(self, hidden: Tensor) -> bool:
+        mixtures = [step.mixture for step in self._fusions.values()]
+        dropouts = {m.fusion.dropout if m.fusion.training else 0.0 for m in mixtures}
+        return (
+            len(dropouts) <= 1
+            and all(step.is_one_mixture() for step in self._steps)
+            # a group has packed weights, which do not pay for few rows
+            and all(mixture.is_absorbed(hidden) for mixture in mixtures)
+        )
 
     def run(self, state: State, lane_numbers: Tensor, around: Around) -> Tensor:
         groups = self._groups.at(lane_numbers)
@@ -189,7 +194,7 @@ class LoneCall:
         self._region = region
         self._step = step
 
-    def can_run_now(self) -> bool:
+    def can_run_now(self, _: Tensor) -> bool:
         return True
 
     def run(self, state: State, _: Tensor | None, around: Around) -> Tensor:
@@ -296,7 +301,7 @@ class BoundPlan:
         calls = self._lone_calls
         if not around.is_literal and compute_dtype(state.hidden) != torch.float16:
             for schedule in self._schedules:
-                if all(call.can_run_now() for call in schedule):
+                if all(call.can_run_now(state.hidden) for call in schedule):
                     calls = schedule
                     break
         needs_numbers = any(isinstance(call, GroupedCall) for call in calls)

@@ -71,6 +71,14 @@ class _Packed:
         # weak: packs are kept by what they belong to, and go with it
         return Pack(functools.partial(_build, weakref.ref(self), absorbed), like.dtype)
 
+    def _weights_now(
+        self, absorbed: bool, like: Tensor, tensors: list[Tensor], mask: Tensor | None
+    ) -> Weights:
+        # traced code cannot look into the cache, and a mask is there in training alone
+        if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
+            return self.packed_weights(absorbed, like, tensors)
+        return self._recorded_weights(absorbed, tensors, like)
+
     def _recorded_weights(self, absorbed: bool, tensors: list[Tensor], like: Tensor) -> Weights:
         """Weights that gradients flow through, in the dtype of `like`."""
         self._packs.drop()
@@ -159,8 +167,12 @@ class Mixture(_Packed):
     def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> PackedWeights:
         return absorb.pack(self._parameters().with_tensors(tensors), absorbed)
 
-    def _is_absorbed(self, hidden: Tensor) -> bool:
-        """Whether the op computes the whole mixture; else the fusion's matrices stay outside."""
+    def is_absorbed(self, hidden: Tensor) -> bool:
+        """Whether the op computes the whole mixture; else the fusion's matrices stay outside.
+
+        Args:
+            hidden: [..., H], the rows of this call.
+        """
         if self.fusion is None:
             return True
         if not self.fusion.is_absorbable():
@@ -188,7 +200,7 @@ class Mixture(_Packed):
             return False
         if _autocast_dtype(hidden) is not None:
             return False
-        return self._is_absorbed(hidden)
+        return self.is_absorbed(hidden)
 
     def run(
         self,
@@ -214,17 +226,10 @@ class Mixture(_Packed):
         *batch, hidden_size = inputs[0].shape
         dtype = compute_dtype(inputs[0])
 
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
-
-        x, query, residual, mask = (
-            [rows(t) for t in inputs],
-            rows(query),
-            rows(residual),
-            rows(mask),
-        )
+        x = [_rows(t, dtype) for t in inputs]
+        query, residual, mask = (_rows(t, dtype) for t in (query, residual, mask))
         tensors = self.tensors()
-        if self._is_absorbed(x[0]):
+        if self.is_absorbed(x[0]):
             out, p = self._call(True, tensors, x, query, residual, mask, None)
         else:
             out, p = self._run_factored(tensors, x, query, residual, mask)
@@ -294,11 +299,7 @@ class Mixture(_Packed):
     def _weights(
         self, absorbed: bool, tensors: list[Tensor], like: Tensor, mask: Tensor | None
     ) -> PackedWeights:
-        # traced code cannot look into the cache, and a mask is there in training alone
-        if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
-            weights = self.packed_weights(absorbed, like, tensors)
-        else:
-            weights = self._recorded_weights(absorbed, tensors, like)
+        weights = self._weights_now(absorbed, like, tensors, mask)
         temperature = None if self.fusion is None else self.fusion.temperature
         return weights._replace(temperature=scaled(temperature, weights.temperature))
 
@@ -351,10 +352,7 @@ class MixtureGroup(_Packed):
         shape = x.shape
         dtype = compute_dtype(x)
 
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
-
-        x, residual, mask = rows(x), rows(residual), rows(mask)
+        x, residual, mask = (_rows(t, dtype) for t in (x, residual, mask))
         tensors, backend = self.tensors(), self._settings.backend
         if _looks_up_in_graph(mask):
             width = max_scored(*self._counts())
@@ -362,10 +360,7 @@ class MixtureGroup(_Packed):
                 x, residual, groups, tensors, width, self.handle, backend
             )
         else:
-            if mask is None and not _is_recorded(tensors) and not torch.compiler.is_compiling():
-                weights = self.packed_weights(True, x, tensors)
-            else:
-                weights = self._recorded_weights(True, tensors, x)
+            weights = self._weights_now(True, x, tensors, mask)
             out, p = adapter_fusion_grouped(
                 x, residual, groups, weights, mask=mask, backend=backend
             )
@@ -382,6 +377,10 @@ class MixtureGroup(_Packed):
         """Of the scores, in training; the largest of the fusions'."""
         fusions = [mixture.fusion for mixture in self.mixtures if mixture.fusion is not None]
         return max([0.0, *(f.dropout for f in fusions if f.training)])
+
+
+def _rows(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(dtype)
 
 
 def _build(owner: "weakref.ref[_Packed]", absorbed: bool, tensors: Sequence[Tensor]) -> Weights:

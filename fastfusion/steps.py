@@ -113,12 +113,14 @@ class Step:
     def _run_single(self, adapter: Adapter, state: State, around: Around) -> Tensor:
         x, residual = state
         config = adapter.config
-        is_plain = not around.is_literal and adapter.is_plain()
-        if is_plain and len(self.mixture.adapters) == 1:
+        # the mixture is this adapter and no more, not even its weight in an Average
+        is_mixture = len(self.mixture.adapters) == 1 and self.mixture.weights is None
+        is_mixture = is_mixture and not around.is_literal
+        if is_mixture and adapter.is_plain():
             kept = None if config["is_parallel"] else residual
             return self.mixture.run([_packed_input(adapter, x)], None, kept, None)[0]
         parameters = parameters_by_name(adapter)
-        if around.is_literal or len(self.mixture.adapters) > 1:
+        if not is_mixture:
             up = reference.adapter_up(x, parameters, config, adapter.scaling, adapter.training)
         else:
             up, _ = self.mixture.run([_packed_input(adapter, x)], None, None, None)
