@@ -216,10 +216,13 @@ std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor ord
     const int64_t num_blocks = tables.num_blocks();
     const int64_t threads = std::min<int64_t>(num_blocks, torch::stable::get_num_threads());
     std::atomic<int64_t> next = 0;
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Tensor buffers = torch::stable::new_empty(x, {threads, buffer_size});
+    const Tensor scratches =
+        torch::stable::new_empty(x, {threads, scratch_size}, ScalarType::Float);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
       const OneBlasThread alone;
-      std::vector<T> buffer(buffer_size);
-      std::vector<float> scratch(scratch_size);
+      T* buffer = data<T>(buffers) + thread * buffer_size;
+      float* scratch = data<float>(scratches) + thread * scratch_size;
       for (int64_t i = next++; i < num_blocks; i = next++) {
         const int32_t* entry = data<int32_t>(blocks) + 3 * i;
         const Block block{entry[0], entry[1], entry[2]};
@@ -239,8 +242,7 @@ std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor ord
           continue;
         }
         forward_block<T>(layout.groups[block.group], w, {from, index, block.rows}, own_add, own_out,
-                         data<float>(mask), data<float>(p), layout.max_adapters, buffer.data(),
-                         scratch.data());
+                         data<float>(mask), data<float>(p), layout.max_adapters, buffer, scratch);
       }
     });
   });
