@@ -1,7 +1,7 @@
 // Forward and backward of the two ops on a CPU: the matrix products by PyTorch's BLAS and between
 // them one vectorised pass over the rows (row_passes.h). Nothing of size [T, N, H] exists. Rows are
-// taken in blocks to bound the memory of what does, not to keep it in cache: blocks small enough for
-// that measured slower (kBlockRows).
+// taken in blocks to bound the memory of what does, not to keep it in cache: blocks small enough
+// for that measured slower (kBlockRows).
 //
 // Products run outside parallel regions: the BLAS has threads of its own. Every split of work here
 // depends on the shapes alone, sums are taken in a fixed order and there are no atomics: the same
@@ -457,7 +457,8 @@ Gradients backward(const Tensor& grad_out, const std::vector<Tensor>& x,
     result.db_score = torch::stable::to(db_score, dtype_of<T>());
   }
   if (needs.out) {
-    product(matrix<T>(result.dw_out).row_range(0, used), g.column_range(0, used).transposed(), grad);
+    product(matrix<T>(result.dw_out).row_range(0, used), g.column_range(0, used).transposed(),
+            grad);
   }
   return result;
 }

@@ -1,5 +1,5 @@
-// The op over groups of rows on a CPU: each group's rows go through a mixture of their own. Rows are
-// indexed, not copied, where a block of them lies together; blocks go to the threads, each with
+// The op over groups of rows on a CPU: each group's rows go through a mixture of their own. Rows
+// are indexed, not copied, where a block of them lies together; blocks go to the threads, each with
 // products of its own.
 #include <algorithm>
 #include <atomic>
@@ -17,9 +17,10 @@ extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 namespace fastfusion::cpu {
 namespace {
 
-// In a parallel region MKL runs a product on the calling thread alone, but still with the kernels for
-// several threads, which copy both operands first. Told that it has one thread it reads them where
-// they lie: 32 blocks of 128 rows, H=768, d=48 in 6.4 instead of 7.8 ms on two threads.
+// In a parallel region MKL runs a product on the calling thread alone, but still with the kernels
+// for several threads, which copy both operands first. Told that it has one thread it reads them
+// where they lie; in a profile `nocopy` kernels replace its `sgemm_copy*`. With the blocks
+// dealt as threads get free, 32 of 128 rows, H=768, d=48 take 4.6 instead of 7.1 ms on two threads.
 struct OneBlasThread {
 #if defined(__linux__)
   const int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
@@ -126,8 +127,9 @@ struct Tables {
     return count;
   }
   int64_t max_block_rows() const {
+    const int32_t* entries = data<int32_t>(blocks);
     int32_t most = 1;
-    for (int64_t i = 0; i < blocks.size(0); ++i) most = std::max(most, data<int32_t>(blocks)[3 * i + 2]);
+    for (int64_t i = 0; i < blocks.size(0); ++i) most = std::max(most, entries[3 * i + 2]);
     return most;
   }
 };
@@ -164,7 +166,8 @@ void forward_block(const Group& group, const Stack& w, const Rows<T>& x, const R
                    float* scratch) {
   const Mixture& m = group.mixture;
   const int64_t rows = x.count, width = x.all.columns, used = m.columns + m.adapters;
-  const int64_t line = 64 / sizeof(T), stride = (m.columns + group.out_rows + line - 1) / line * line;
+  const int64_t line = 64 / sizeof(T);
+  const int64_t stride = (m.columns + group.out_rows + line - 1) / line * line;
   const Matrix<T> copy{buffer, rows, width, width};
   const Matrix<T> y{buffer + rows * width, rows, stride, stride};
   const Matrix<T> w_in = matrix<T>(w.w_in).row_range(group.in_row, group.in_rows);
@@ -216,10 +219,13 @@ std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor ord
     const int64_t num_blocks = tables.num_blocks();
     const int64_t threads = std::min<int64_t>(num_blocks, torch::stable::get_num_threads());
     std::atomic<int64_t> next = 0;
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Tensor buffers = torch::stable::new_empty(x, {threads, buffer_size});
+    const Tensor scratches =
+        torch::stable::new_empty(x, {threads, scratch_size}, ScalarType::Float);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
       const OneBlasThread alone;
-      std::vector<T> buffer(buffer_size);
-      std::vector<float> scratch(scratch_size);
+      T* buffer = data<T>(buffers) + thread * buffer_size;
+      float* scratch = data<float>(scratches) + thread * scratch_size;
       for (int64_t i = next++; i < num_blocks; i = next++) {
         const int32_t* entry = data<int32_t>(blocks) + 3 * i;
         const Block block{entry[0], entry[1], entry[2]};
@@ -239,8 +245,7 @@ std::tuple<Tensor, Tensor> grouped(Tensor x, OptionalTensor residual, Tensor ord
           continue;
         }
         forward_block<T>(layout.groups[block.group], w, {from, index, block.rows}, own_add, own_out,
-                         data<float>(mask), data<float>(p), layout.max_adapters, buffer.data(),
-                         scratch.data());
+                         data<float>(mask), data<float>(p), layout.max_adapters, buffer, scratch);
       }
     });
   });
@@ -260,7 +265,8 @@ template <typename T>
 void scatter(const Matrix<T>& from, const int32_t* index, const Matrix<T>& to) {
   parallel_rows(from.rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      std::copy_n(from.data + i * from.row_stride, from.columns, to.data + index[i] * to.row_stride);
+      std::copy_n(from.data + i * from.row_stride, from.columns,
+                  to.data + index[i] * to.row_stride);
     }
   });
 }
@@ -268,9 +274,9 @@ void scatter(const Matrix<T>& from, const int32_t* index, const Matrix<T>& to) {
 // The gradients, one group after the other: the products of each are long and run on all threads.
 std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_backward(
     Tensor grad_out, Tensor x, Tensor order, Tensor offsets, Tensor blocks, Tensor w_in,
-    Tensor b_in, Tensor w_out, OptionalTensor mask, Tensor p, std::vector<int64_t> sizes, std::vector<int64_t> activations,
-    std::vector<int64_t> counts, std::vector<int64_t> scored, bool needs_x, bool needs_in,
-    bool needs_out) {
+    Tensor b_in, Tensor w_out, OptionalTensor mask, Tensor p, std::vector<int64_t> sizes,
+    std::vector<int64_t> activations, std::vector<int64_t> counts, std::vector<int64_t> scored,
+    bool needs_x, bool needs_in, bool needs_out) {
   const Stack w{w_in, b_in, w_out, mask, sizes, activations, counts, scored};
   const Layout layout = lay_out(w, x);
   const int64_t total = x.size(0), width = x.size(1), num_groups = layout.groups.size();
@@ -283,7 +289,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_backward(
                   : torch::stable::new_empty(like, {0});
   };
   // base rows and groups without rows keep zeros
-  const Tensor dx = zeros(needs_x, x), dw_in = zeros(needs_in, w_in), dw_out = zeros(needs_out, w_out);
+  const Tensor dx = zeros(needs_x, x), dw_in = zeros(needs_in, w_in);
+  const Tensor dw_out = zeros(needs_out, w_out);
   const Tensor db_in =
       torch::stable::new_zeros(x, {needs_in ? w_in.size(0) : 0}, x.scalar_type());
   with_dtype(x, [&]<typename T>() {
@@ -316,8 +323,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_backward(
       }
       const auto begin = group.first_adapter, end = begin + m.adapters;
       const auto gradients = adapter_fusion_backward(
-          own_rows(grad_out, width, T{}), {own_rows(x, width, T{})}, std::nullopt, part(w_in, group.in_row, m.columns),
-          part(b_in, group.in_row, m.columns), w_score, b_score,
+          own_rows(grad_out, width, T{}), {own_rows(x, width, T{})}, std::nullopt,
+          part(w_in, group.in_row, m.columns), part(b_in, group.in_row, m.columns), w_score,
+          b_score,
           part(w_out, group.out_row, group.out_rows), std::nullopt, own_mask,
           m.scored ? own_rows(p, m.adapters, float{}) : torch::stable::new_empty(p, {0}),
           {sizes.begin() + begin, sizes.begin() + end},

@@ -1,9 +1,10 @@
 #include "row_passes.h"
 
-// One clone per instruction set, chosen when the library is loaded. Everything that a clone calls is
-// always_inline, so that it is compiled for the clone's instructions. ifunc resolvers run before
+// One clone per instruction set, chosen when the library is loaded. Everything that a clone calls
+// is always_inline, so that it is compiled for the clone's instructions. ifunc resolvers run before
 // ASan is ready, so a sanitizer build has the plain version only.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define FASTFUSION_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -71,8 +72,8 @@ FASTFUSION_INLINE void softmax(float* values, int64_t count) {
 }
 
 // oneDNN's bf16 products read a row's columns up to the next multiple of 32 and multiply them by
-// zero (torch 2.13, AMX): what lies behind the columns in use must not be NaN. Score weights may have
-// padding rows that hold anything, and the buffers' own padding is uninitialised.
+// zero (torch 2.13, AMX): what lies behind the columns in use must not be NaN. Score weights may
+// have padding rows that hold anything, and the buffers' own padding is uninitialised.
 template <typename T>
 FASTFUSION_INLINE void zero(T* row, int64_t from, int64_t to) {
   FASTFUSION_SIMD

@@ -91,7 +91,8 @@ struct NormGradRows {
 void forward_rows(const Mixture& m, const ForwardRows<float>& rows, int64_t begin, int64_t end);
 void forward_rows(const Mixture& m, const ForwardRows<BFloat16>& rows, int64_t begin, int64_t end);
 void backward_rows(const Mixture& m, const BackwardRows<float>& rows, int64_t begin, int64_t end);
-void backward_rows(const Mixture& m, const BackwardRows<BFloat16>& rows, int64_t begin, int64_t end);
+void backward_rows(const Mixture& m, const BackwardRows<BFloat16>& rows, int64_t begin,
+                   int64_t end);
 void norm_rows(const NormRows<float>& rows, int64_t begin, int64_t end);
 void norm_rows(const NormRows<BFloat16>& rows, int64_t begin, int64_t end);
 void norm_grad_rows(const NormGradRows<float>& rows, int64_t begin, int64_t end);

@@ -1,5 +1,5 @@
-// What the CPU ops share: matrices inside tensors' memory, products by PyTorch's BLAS, checks of the
-// arguments, and loops over rows on all threads.
+// What the CPU ops share: matrices inside tensors' memory, products by PyTorch's BLAS, checks of
+// the arguments, and loops over rows on all threads.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -52,7 +52,8 @@ Tensor as_tensor(const Matrix<T>& matrix) {
 
 // out = a @ b, or out += a @ b
 template <typename T>
-void product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool accumulate = false) {
+void product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b,
+             bool accumulate = false) {
   const Tensor to = as_tensor(out), left = as_tensor(a), right = as_tensor(b);
   if (accumulate) {
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -83,7 +84,8 @@ inline std::string text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
 }
 
 // The schemas say little about shapes, and a wrong one would read somebody else's memory.
-inline void expect(const Tensor& tensor, const char* name, std::vector<int64_t> shape, ScalarType dtype) {
+inline void expect(const Tensor& tensor, const char* name, std::vector<int64_t> shape,
+                   ScalarType dtype) {
   const bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
                     tensor.sizes().equals(shape);
   if (fits) return;
@@ -92,7 +94,7 @@ inline void expect(const Tensor& tensor, const char* name, std::vector<int64_t> 
                   text(tensor.sizes()));
 }
 inline void expect(const OptionalTensor& tensor, const char* name, std::vector<int64_t> shape,
-            ScalarType dtype) {
+                   ScalarType dtype) {
   if (tensor) expect(*tensor, name, std::move(shape), dtype);
 }
 inline void expect_matrix(const Tensor& tensor, const char* name) {
