@@ -1,27 +1,22 @@
 // Routing on a CPU: a stable counting sort of rows by their group, and rows copied to and from that
 // order. Schemas and semantics: fastfusion/ops/routing.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <tuple>
 #include <vector>
+
+#include "../routing.h"
 
 namespace fastfusion::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Bytes that one thread copies at least.
 constexpr int64_t kChunkBytes = 1 << 15;
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
-int32_t* ints(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
 
 // Base rows are the last bin.
 template <typename Id>
@@ -63,31 +58,15 @@ void cut_blocks(const int32_t* offsets, int64_t groups, int64_t block_rows, int3
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> routing_tables(const Tensor& given, int64_t groups,
+std::tuple<Tensor, Tensor, Tensor> routing_tables(const Tensor& ids, int64_t groups,
                                                   int64_t block_rows) {
-  const ScalarType dtype = given.scalar_type();
-  STD_TORCH_CHECK(given.dim() == 1 && (dtype == ScalarType::Int || dtype == ScalarType::Long),
-                  "ids: expected one dimension of int32 or int64");
-  STD_TORCH_CHECK(groups >= 0 && groups < kMaxInt, "num_groups: expected 0 or more; got ", groups);
-  STD_TORCH_CHECK(block_rows >= 1, "block_rows: expected 1 or more; got ", block_rows);
-  const Tensor ids = torch::stable::contiguous(given);
-  const int64_t rows = ids.size(0);
-  STD_TORCH_CHECK(rows <= kMaxInt, "ids: expected row numbers that fit int32; got ", rows, " rows");
-  block_rows = std::min(block_rows, kMaxInt);  // sums with it must not overflow
-  const int64_t used = std::min(rows, groups + 1);
-  const int64_t max_blocks = used + (rows - used) / block_rows;
-  const Tensor order = torch::stable::new_empty(ids, {rows}, ScalarType::Int);
-  const Tensor offsets = torch::stable::new_empty(ids, {groups + 2}, ScalarType::Int);
-  const Tensor blocks = torch::stable::new_empty(ids, {max_blocks, 3}, ScalarType::Int);
-  if (dtype == ScalarType::Int) {
-    sort_rows(static_cast<const int32_t*>(ids.const_data_ptr()), rows, groups, ints(order),
-              ints(offsets));
-  } else {
-    sort_rows(static_cast<const int64_t*>(ids.const_data_ptr()), rows, groups, ints(order),
-              ints(offsets));
-  }
-  cut_blocks(ints(offsets), groups, block_rows, ints(blocks), ints(blocks) + 3 * max_blocks);
-  return {order, offsets, blocks};
+  const RoutingTables t = new_tables(ids, groups, block_rows);
+  t.with_ids([&](const auto* data) {
+    sort_rows(data, t.rows, groups, ints(t.order), ints(t.offsets));
+  });
+  cut_blocks(ints(t.offsets), groups, t.block_rows, ints(t.blocks),
+             ints(t.blocks) + 3 * t.num_blocks);
+  return {t.order, t.offsets, t.blocks};
 }
 
 // Rows of one number: a loop over them is several times faster than calls of memcpy.
@@ -133,10 +112,7 @@ void check_order(const int32_t* order, int64_t rows) {
 
 template <bool kScatter>
 Tensor move_rows(const Tensor& given, const Tensor& given_order) {
-  STD_TORCH_CHECK(given.dim() >= 1 && given_order.dim() == 1 && given_order.is_cpu() &&
-                      given_order.scalar_type() == ScalarType::Int &&
-                      given_order.size(0) == given.size(0),
-                  "order: expected int32 and one entry per row of x, on the CPU");
+  expect_order(given, given_order);
   const Tensor x = torch::stable::contiguous(given);
   const Tensor ordering = torch::stable::contiguous(given_order);
   const Tensor out = torch::stable::new_empty(x, x.sizes());

@@ -4,23 +4,17 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <tuple>
 
+#include "../routing.h"
 #include "routing.cuh"
 
 namespace fastfusion::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 
 void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
@@ -48,46 +42,24 @@ class Stream {
   cudaStream_t stream_;
 };
 
-int* ints(const Tensor& tensor) { return static_cast<int*>(tensor.mutable_data_ptr()); }
-
-std::tuple<Tensor, Tensor, Tensor> routing_tables(const Tensor& given, int64_t groups,
+std::tuple<Tensor, Tensor, Tensor> routing_tables(const Tensor& ids, int64_t groups,
                                                   int64_t block_rows) {
-  const ScalarType dtype = given.scalar_type();
-  STD_TORCH_CHECK(given.dim() == 1 && (dtype == ScalarType::Int || dtype == ScalarType::Long),
-                  "ids: expected one dimension of int32 or int64");
-  STD_TORCH_CHECK(groups >= 0 && groups < kMaxInt, "num_groups: expected 0 or more; got ", groups);
-  STD_TORCH_CHECK(block_rows >= 1, "block_rows: expected 1 or more; got ", block_rows);
-  const Tensor ids = torch::stable::contiguous(given);
-  const int64_t rows = ids.size(0);
-  STD_TORCH_CHECK(rows <= kMaxInt, "ids: expected row numbers that fit int32; got ", rows, " rows");
-  const int64_t used = std::min(rows, groups + 1);
-  const int64_t entries = used + (rows - used) / block_rows;
-  const Scratch sizes(rows, groups);
-  const Tensor order = torch::stable::new_empty(ids, {rows}, ScalarType::Int);
-  const Tensor offsets = torch::stable::new_empty(ids, {groups + 2}, ScalarType::Int);
-  const Tensor blocks = torch::stable::new_empty(ids, {entries, 3}, ScalarType::Int);
-  const Tensor scratch = torch::stable::new_empty(ids, {sizes.counters()}, ScalarType::Int);
-  const Stream launch(ids);
-  const auto make = [&]<typename Id>(const Id* data) {
-    launch_tables(launch, sizes, data, rows, static_cast<int>(groups),
-                static_cast<int>(std::min(block_rows, kMaxInt)), entries, ints(scratch),
-                ints(order), ints(offsets), ints(blocks));
-  };
-  if (dtype == ScalarType::Int) {
-    make(static_cast<const int32_t*>(ids.const_data_ptr()));
-  } else {
-    make(static_cast<const int64_t*>(ids.const_data_ptr()));
-  }
-  return {order, offsets, blocks};
+  const RoutingTables t = new_tables(ids, groups, block_rows);
+  const Scratch sizes(t.rows, groups);
+  const Tensor scratch =
+      torch::stable::new_empty(t.ids, {sizes.counters()}, torch::headeronly::ScalarType::Int);
+  const Stream launch(t.ids);
+  t.with_ids([&](const auto* data) {
+    launch_tables(launch, sizes, data, t.rows, static_cast<int>(groups),
+                  static_cast<int>(t.block_rows), t.num_blocks, ints(scratch), ints(t.order),
+                  ints(t.offsets), ints(t.blocks));
+  });
+  return {t.order, t.offsets, t.blocks};
 }
 
 template <bool kScatter>
 Tensor move_rows(const Tensor& given, const Tensor& given_order) {
-  STD_TORCH_CHECK(given.dim() >= 1 && given_order.dim() == 1 && given_order.is_cuda() &&
-                      given_order.get_device_index() == given.get_device_index() &&
-                      given_order.scalar_type() == ScalarType::Int &&
-                      given_order.size(0) == given.size(0),
-                  "order: expected int32 and one entry per row of x, on its device");
+  expect_order(given, given_order);
   const Tensor x = torch::stable::contiguous(given);
   const Tensor order = torch::stable::contiguous(given_order);
   const Tensor out = torch::stable::new_empty(x, x.sizes());

@@ -1,9 +1,9 @@
-// Routing on a GPU: the kernels and the order in which they are launched. `launch(name, kernel, grid,
-// block, arguments...)` is given from outside: routing.cu launches on a stream, tests/simt on the
-// host, one thread after the other.
+// Routing on a GPU: the kernels and the order in which they are launched. `launch(name, kernel,
+// grid, block, arguments...)` is given from outside: routing.cu launches on a stream, tests/simt on
+// the host, one thread after the other.
 //
-// A stable counting sort. Rows are taken in chunks, one thread block each, and chunks in tiles of one
-// row per thread; a bin is a group, or the base rows, which come last:
+// A stable counting sort. Rows are taken in chunks, one thread block each, and chunks in tiles of
+// one row per thread; a bin is a group, or the base rows, which come last:
 //
 //     count_rows   counts[chunk][bin] = rows of the bin in the chunk
 //     scan_chunks  counts[chunk][bin] = rows of the bin in earlier chunks; totals[bin]
@@ -11,8 +11,8 @@
 //     place_rows   order[offsets[bin] + rows of the bin before this one] = row
 //     cut_blocks   the block table, one thread per entry
 //
-// No atomics: the same bits every time. Memory: 4 * rows + 3 * bins + 2 counters at most, beside one
-// chunk's.
+// No atomics: the same bits every time. Memory: 4 * rows + 3 * bins + 2 counters at most, beside
+// one chunk's.
 #pragma once
 
 #include <cstdint>
@@ -202,9 +202,9 @@ struct Scratch {
 };
 
 template <typename Id, typename Launch>
-void launch_tables(const Launch& launch, const Scratch& sizes, const Id* ids, int64_t rows, int groups,
-                 int block_rows, int64_t entries, int* scratch, int* order, int* offsets,
-                 int* blocks) {
+void launch_tables(const Launch& launch, const Scratch& sizes, const Id* ids, int64_t rows,
+                   int groups, int block_rows, int64_t entries, int* scratch, int* order,
+                   int* offsets, int* blocks) {
   const int bins = groups + 1;
   int* counts = scratch;
   int* totals = counts + sizes.chunks * bins;
@@ -213,11 +213,12 @@ void launch_tables(const Launch& launch, const Scratch& sizes, const Id* ids, in
     return static_cast<unsigned>(divide_up(threads, kThreads));
   };
   const auto chunks = static_cast<unsigned>(sizes.chunks);
-  launch("count_rows", count_rows<Id>, chunks, kThreads, ids, rows, groups, sizes.chunk_rows, counts);
+  launch("count_rows", count_rows<Id>, chunks, kThreads, ids, rows, groups, sizes.chunk_rows,
+         counts);
   launch("scan_chunks", scan_chunks, grid(bins), kThreads, counts, bins, sizes.chunks, totals);
   launch("scan_bins", scan_bins, 1, kScanThreads, totals, bins, block_rows, offsets, first_blocks);
-  launch("place_rows", place_rows<Id>, chunks, kThreads, ids, rows, groups, sizes.chunk_rows, offsets,
-         counts, order);
+  launch("place_rows", place_rows<Id>, chunks, kThreads, ids, rows, groups, sizes.chunk_rows,
+         offsets, counts, order);
   if (entries == 0) return;
   launch("cut_blocks", cut_blocks, grid(entries), kThreads, offsets, first_blocks, groups,
          block_rows, entries, blocks);
