@@ -198,8 +198,9 @@ class AdapterLayer:
         if (
             not around.is_literal
             and step.is_one_mixture()
-            # the op makes this pre step, not those of blocks around it
-            and step.pre == mixture.adapters[-1:]
+            # the op makes this pre step, not those of blocks around it, and this post step, not
+            # that of an adapter whose part of the batch is empty
+            and step.pre == mixture.adapters[-1:] == [lane.last]
             and mixture.takes_norm(state.hidden, around.layer_norm)
         ):
             mask = None

@@ -362,14 +362,19 @@ def test_a_setup_for_each_row(case):
     "setup",
     [
         BatchSplit("a", "b", batch_sizes=[0, 2]),
+        BatchSplit("a", "b", batch_sizes=[2, 0]),
         Split("a", "b", splits=[0, 5]),
+        Split("a", "b", splits=[5, 0]),
         Split("a", "b", split_index=0),
     ],
     ids=repr,
 )
-def test_parts_that_are_empty(setup):
-    """The pre step is that of a block's first adapter, also where it gets no row or token."""
-    layer = make_layer([{"original_ln_before": False}, {}], None, setup)
+@pytest.mark.parametrize(
+    "configs", [({"original_ln_before": False}, {}), ({}, {"original_ln_after": False})]
+)
+def test_parts_that_are_empty(setup, configs):
+    """A block's first adapter has the pre step and its last one the post step, with rows or none."""
+    layer = make_layer(list(configs), None, setup)
     hidden, input = (torch.randn(2, 5, 12, dtype=torch.float64) for _ in "hi")
     norm = nn.LayerNorm(12).double().requires_grad_(False)
     place = Place(leaves(dict(layer.adapters), torch.float64)[0], {}, norm)
