@@ -6,7 +6,7 @@ Which block may stand in which is the table `_ALLOWED_CHILDREN`.
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Union
 
 Setup = Union[str, "AdapterCompositionBlock"]
@@ -158,7 +158,8 @@ class Fuse(AdapterCompositionBlock):
 
 def _sizes(kind: str, argument: str, sizes: Sequence[int] | int, count: int) -> list[int]:
     """One size for each child: a single number stands for all of them."""
-    listed = [sizes] * count if isinstance(sizes, int) else list(sizes)
+    listed = [sizes] * count if isinstance(sizes, int) else sizes
+    listed = list(listed) if isinstance(listed, Iterable) else []
     is_valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in listed)
     if len(listed) != count or not is_valid:
         raise ValueError(
@@ -260,7 +261,10 @@ class Average(AdapterCompositionBlock):
         peer_scaling: bool = False,
     ):
         super().__init__(*children)
-        given = [1.0] * len(children) if weights is None else [float(w) for w in weights]
+        try:
+            given = [1.0] * len(children) if weights is None else [float(w) for w in weights]
+        except (TypeError, ValueError):
+            given = []
         if len(given) != len(children) or not all(map(math.isfinite, given)):
             raise ValueError(
                 f"weights: expected {len(children)} finite numbers, one for each child of the "

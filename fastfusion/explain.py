@@ -78,8 +78,10 @@ class AdapterPlan:
             return f"average of [{'; '.join(children)}]"
         columns = sum(adapter.bottleneck_size for adapter in step.mixture.adapters)
         # down and up, and with attention the scores' product
-        products = 2 if step.stage.fusion is None else 3
-        cost = products * columns * self.hidden_size
+        cost = (2 if step.stage.fusion is None else 3) * columns * self.hidden_size
+        for before in itertools.chain(*filter(None, step.before)):
+            columns += before.mixture.adapters[0].bottleneck_size
+            cost += 2 * before.mixture.adapters[0].bottleneck_size * self.hidden_size
         text = f"{cost / 1e3:.3g} k" if cost >= 1e3 else cost
         return f"{_mixture(step.stage)} [{columns} columns, {text} multiply-adds]"
 

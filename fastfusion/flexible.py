@@ -149,6 +149,8 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
         if not is_asked:
             heads = self._heads_of_context() or self.active_head
+            if heads is None and channels > 1:
+                self._check_some_heads(_heads_of(setup), setup, "active_head")
         if isinstance(heads, BatchSplit):
             return consecutive_rows(heads, size), size
         if heads is not None and channels > 1:
@@ -166,16 +168,22 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         Raises:
             ValueError: some child of a Parallel or BatchSplit has none.
         """
-        heads = _heads_of(AdapterSetup.get_context_adapter_setup())
-        missing = [name for name in head_names(heads) if name not in self.heads]
-        if not missing:
-            return self.check_heads(heads, "head_setup")
-        if isinstance(heads, str) or len(self.heads) == 0:
+        setup = AdapterSetup.get_context_adapter_setup()
+        heads = _heads_of(setup)
+        if any(name not in self.heads for name in head_names(heads)):
+            self._check_some_heads(heads, setup, "head_setup")
             return None
-        raise ValueError(
-            f"head_setup: expected a head for each child of "
-            f"{AdapterSetup.get_context_adapter_setup()!r}; the model has none for {missing}"
-        )
+        return self.check_heads(heads, "head_setup")
+
+    def _check_some_heads(self, heads: Heads | None, setup: Setup, argument: str) -> None:
+        """Raise a ValueError where some children of a Parallel or BatchSplit have heads of their
+        names and others not."""
+        missing = [name for name in head_names(heads) if name not in self.heads]
+        if missing and not isinstance(heads, str) and len(self.heads) > 0:
+            raise ValueError(
+                f"{argument}: expected a head for each child of {setup!r}; the model has none for "
+                f"{missing}"
+            )
 
     def _own_head(self, setup: Setup | None) -> str | None:
         """The head of a row's or task's last adapter, if there is one."""

@@ -1,6 +1,7 @@
 """A plan with its modules: what lanes have ready at the same time, in one call of the op."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -123,23 +124,20 @@ class GroupedCall:
         steps: Sequence[Step | None],
         make_group: Callable[[list[Mixture]], MixtureGroup],
     ):
-        self._steps = [step for step in steps if step is not None]
-        mixtures = list(dict.fromkeys(step.mixture for step in self._steps))
-        self._group = make_group(mixtures)
-        numbers = [-1 if s is None else mixtures.index(s.mixture) for s in steps]
+        present = [step for step in steps if step is not None]
+        mixtures = {m: i for i, m in enumerate(dict.fromkeys(s.mixture for s in present))}
+        self._group = make_group(list(mixtures))
+        numbers = [-1 if s is None else mixtures[s.mixture] for s in steps]
         self._groups = LaneTable(numbers)
         self._has_base_rows = -1 in numbers
-        self._fusions = {
-            mixtures.index(step.mixture): step
-            for step in self._steps
-            if step.stage.fusion is not None
-        }
+        self._fusions = {mixtures[s.mixture]: s for s in present if s.stage.fusion is not None}
+        # a large table has many others
+        self._random = [s for s in present if obstacle(s, is_training=True) is not None]
         # steps whose pre steps do the same need them once
-        self._pres = list({_pre_kind(step): step for step in self._steps}.values())
-        kinds = [_pre_kind(step) for step in self._pres]
-        self._pre_numbers = LaneTable(
-            [-1 if s is None else kinds.index(_pre_kind(s)) for s in steps]
-        )
+        pres = {_pre_kind(step): step for step in present}
+        self._pres = list(pres.values())
+        kinds = {kind: i for i, kind in enumerate(pres)}
+        self._pre_numbers = LaneTable([-1 if s is None else kinds[_pre_kind(s)] for s in steps])
         is_parallel = [s is not None and bool(s.mixture.config["is_parallel"]) for s in steps]
         self._parallel = LaneTable(list(map(int, is_parallel))) if any(is_parallel) else None
 
@@ -148,7 +146,9 @@ class GroupedCall:
         dropouts = {m.fusion.dropout if m.fusion.training else 0.0 for m in mixtures}
         return (
             len(dropouts) <= 1
-            and all(step.is_one_mixture() for step in self._steps)
+            # a group has no temperature, which brings fp16's scores into range
+            and not (mixtures and compute_dtype(hidden) == torch.float16)
+            and all(step.is_one_mixture() for step in self._random)
             # a group has packed weights, which do not pay for few rows
             and all(mixture.is_absorbed(hidden) for mixture in mixtures)
         )
@@ -245,14 +245,14 @@ class BoundPlan:
             LoneCall(region, step) for (region, _), step in zip(plan.stages, steps, strict=True)
         ]
         self._lone_calls = lone
-        # with the fewest calls first, then what can run in training too
+        # with the fewest calls first, then what can run in training and in fp16 too
         self._schedules: list[list[Call]] = []
         if not plan.is_whole:
-            resting, training = (
-                [obstacle(step, is_training) is None for step in steps]
-                for is_training in (False, True)
+            modes = itertools.product((False, True), repeat=2)
+            obstacles = dict.fromkeys(
+                tuple(obstacle(step, *mode) is None for step in steps) for mode in modes
             )
-            for groupable in [resting, training] if training != resting else [resting]:
+            for groupable in obstacles:
                 self._schedules.append(self._scheduled(groupable, lone, make_group))
         # lanes whose post steps do the same need them once
         self._posts = list({_post_kind(lane): lane for lane in self.lanes}.values())
@@ -299,7 +299,7 @@ class BoundPlan:
             is_inner: whether this is a child of an Average: no post step of its own.
         """
         calls = self._lone_calls
-        if not around.is_literal and compute_dtype(state.hidden) != torch.float16:
+        if not around.is_literal:
             for schedule in self._schedules:
                 if all(call.can_run_now(state.hidden) for call in schedule):
                     calls = schedule
@@ -398,11 +398,12 @@ def _post_kind(lane: BoundLane) -> tuple[bool, bool]:
     return bool(lane.last.config["is_parallel"]), bool(lane.last.config["original_ln_after"])
 
 
-def obstacle(step: Step, is_training: bool = False) -> str | None:
+def obstacle(step: Step, is_half: bool = False, is_training: bool = False) -> str | None:
     """Why a stage cannot share a call of the op with other lanes, or None.
 
     Args:
         step: the stage.
+        is_half: whether to count what matters in fp16 alone.
         is_training: whether to count what matters in training alone.
     """
     mixture = step.mixture
@@ -419,6 +420,8 @@ def obstacle(step: Step, is_training: bool = False) -> str | None:
         if is_training and (config["dropout"] or config["stochastic_depth"]):
             return "dropout or stochastic depth"
     if mixture.fusion is not None:
+        if is_half:
+            return "fp16"
         if mixture.config["is_parallel"]:
             return "a Fuse of parallel adapters"
         config = mixture.fusion.config

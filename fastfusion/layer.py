@@ -26,8 +26,6 @@ class RoutedSetups(NamedTuple):
     setups: tuple[AdapterCompositionBlock | None, ...]
     needed: Plan
     """The sizes that a batch must have."""
-    obstacle: str | None = None
-    """Why they cannot run any more, or None."""
 
 
 class PlaceSettings(Protocol):

@@ -9,6 +9,7 @@ to one token may depend on all tokens that it gets (a gate is their mean), so ea
 whole region too.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -331,14 +332,30 @@ def lower(setup: AdapterCompositionBlock | None, present: Present) -> Plan:
     Raises:
         ValueError: parts of the setup that ask for different sizes.
     """
-    lowering = _Lowering(present)
     if setup is None:
-        return lowering.plan(None)
+        return _Lowering(present).plan(None)
+    return _lowered(setup, frozenset(filter(present, _names(setup))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _lowered(setup: AdapterCompositionBlock, present: frozenset[str]) -> Plan:
+    # most places of a model have the same adapters, and a table of setups is lowered often
+    lowering = _Lowering(present.__contains__)
     lowering.apply(setup, Region(), ())
     last = None
-    for name in filter(present, _names(setup)):
-        last = name
+    for name in _names(setup):
+        last = name if name in present else last
     return lowering.plan(last, setup.parallel_channels)
+
+
+@functools.lru_cache(maxsize=4096)
+def _numbered(plan: Plan, task: int) -> Plan:
+    """A plan for the rows of a number."""
+    return replace(
+        plan,
+        stages=tuple((replace(region, task=task), stage) for region, stage in plan.stages),
+        lanes=tuple(replace(lane, region=replace(lane.region, task=task)) for lane in plan.lanes),
+    )
 
 
 def lower_rows(setups: Sequence[AdapterCompositionBlock | None], present: Present) -> Plan:
@@ -348,14 +365,14 @@ def lower_rows(setups: Sequence[AdapterCompositionBlock | None], present: Presen
         setups: distinct setups without blocks over rows; None for no adapters.
         present: whether an adapter exists at this place.
     """
-    plans = [lower(setup, present) for setup in setups]
+    plans = [_numbered(lower(setup, present), i) for i, setup in enumerate(setups)]
     stages: list[tuple[Region, Stage]] = []
     lanes: list[Lane] = []
-    for i, plan in enumerate(plans):
+    for plan in plans:
         for lane in plan.lanes:
             numbers = tuple(len(stages) + number for number in lane.stages)
-            lanes.append(Lane(replace(lane.region, task=i), numbers, lane.last))
-        stages += [(replace(region, task=i), stage) for region, stage in plan.stages]
+            lanes.append(Lane(lane.region, numbers, lane.last))
+        stages += plan.stages
     lengths = {plan.length for plan in plans if plan.length is not None}
     if len(lengths) > 1:
         raise ValueError(f"splits: expected the same sum in every row; got {sorted(lengths)}")

@@ -85,8 +85,10 @@ class _Packed:
         _check_like(tensors, like)
         with autocast_off(like):
             if like.dtype == torch.float16:
-                # products of three matrices leave its range: see packing.rescaled
-                weights = rescaled(self.pack([t.float() for t in tensors], absorbed))
+                weights = self.pack([t.float() for t in tensors], absorbed)
+                if isinstance(weights, PackedWeights):
+                    # products of three matrices leave its range; in groups there are none
+                    weights = rescaled(weights)
             else:
                 weights = self.pack(tensors, absorbed)
         cast = [
@@ -313,7 +315,7 @@ class MixtureGroup(_Packed):
     """Several mixtures at one place, each for rows of its own, in one call of the op.
 
     Args:
-        mixtures: those that `can_group` takes.
+        mixtures: those that `lanes.obstacle` finds nothing against.
         packs, settings: as for `Mixture`.
     """
 

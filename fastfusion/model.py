@@ -1,9 +1,9 @@
 """What a user calls on a model: `init`, `restore`, and the methods that a patched model has."""
 
 import functools
+import inspect
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .configuration import (
 )
 from .context import AdapterSetup, ForwardContext, recomputation_contexts
 from .explain import AdapterPlan
+from .layer import RoutedSetups
 from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
 from .patching import architecture_of, unpatch
@@ -136,6 +137,8 @@ class ModelAdaptersMixin:
             NotImplementedError: a kind of adapter that is not supported yet.
         """
         check_module_name(adapter_name, "adapter_name")
+        if adapter_name == rows.BASE:
+            raise ValueError(f"adapter_name: expected another name than {rows.BASE!r}, no adapter")
         config = AdapterConfig.load(config)
         config.check_supported()
         if adapter_name in self.adapters_config.adapters and not overwrite_ok:
@@ -529,51 +532,43 @@ class ModelAdaptersMixin:
     def _forward_with_adapters(self, forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A model's forward with what the adapters need around it."""
         asked = {name: kwargs.pop(name) for name in ForwardContext.ARGUMENTS if name in kwargs}
-        asked |= self._rows(args, kwargs)
+        asked |= self._rows(forward, args, kwargs)
         setups = self._setups(asked.get("row_setups"))
         fusions = self._cooling_fusions(setups)
         for fusion in fusions:
             fusion.settle_temperature()
-        # False and 0 ask for nothing
-        is_asked = any(
-            v is not None and not (isinstance(v, int) and v == 0) for v in asked.values()
-        )
-        context = ForwardContext(**asked) if is_asked else None
-        with nullcontext() if context is None else context:
+        # always a context: this may run inside another model's forward
+        with ForwardContext(**asked) as context:
             outputs = forward(*args, **kwargs)
         # train_adapter_fusion puts the base model alone into training mode
         is_training_step = self.base_model.training and torch.is_grad_enabled()
         for fusion in fusions:
             if is_training_step or fusion.config.peer_temperature:
                 fusion.count_step()
-        if context is not None:
-            for name, value in context.outputs().items():
-                if isinstance(outputs, tuple):
-                    outputs = (*outputs, value)
-                else:
-                    outputs[name] = value
+        for name, value in context.outputs().items():
+            if isinstance(outputs, tuple):
+                outputs = (*outputs, value)
+            else:
+                outputs[name] = value
         return outputs
 
-    def _rows(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _rows(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take the arguments that say which row has which setup; `ForwardContext`'s for them."""
         given = {name: kwargs.pop(name, None) for name in _ROW_ARGUMENTS}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"{min(given)}: expected only one of {sorted(given)}")
         shape = rows.input_shape(args, kwargs)
+        tokens_before = functools.partial(_cached_tokens, forward, args, kwargs)
         if "adapter_names" in given:
             setups, numbers = rows.row_numbers(given["adapter_names"], shape)
-            past = _cached_tokens(setups, kwargs)
+            past = tokens_before(setups)
             for setup in setups:
                 rows.check_sizes(rows.needed(setup), shape, past)
             return {"row_setups": setups, "row_numbers": numbers, "past": past}
         if "adapter_ids" in given:
-            table = self.model_adapters.routed
-            if table.obstacle is not None:
-                raise ValueError(
-                    f"adapter_ids: {table.obstacle}; a routed setup needs it (see reset_routing)"
-                )
-            past = _cached_tokens(table.setups, kwargs)
+            table = self._routed_setups()
+            past = tokens_before(table.setups)
             rows.check_sizes(table.needed, shape, past)
             numbers = rows.checked_numbers(
                 given["adapter_ids"], len(table.setups), "adapter_ids", shape
@@ -582,10 +577,27 @@ class ModelAdaptersMixin:
         (setup,) = self._setups(None)
         is_active = AdapterSetup.get_context() is None
         needed = self.model_adapters.needed if is_active else rows.needed(setup)
-        past = _cached_tokens((setup,), kwargs)
+        past = tokens_before((setup,))
         rows.check_sizes(needed, shape, past)
         numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
         return {"row_numbers": numbers, "past": past}
+
+    def _routed_setups(self) -> RoutedSetups:
+        table = self.model_adapters.routed
+        if not table.setups:
+            raise ValueError("adapter_ids: expected numbers of model.routing(...); got some before")
+        if not self.model_adapters.is_routed_stale:
+            return table
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "adapter_ids: adapters have changed; call model.routing([]) before a compiled model"
+            )
+        try:
+            return self.model_adapters.current_routed()
+        except ValueError as error:
+            raise ValueError(
+                f"adapter_ids: {error}; a routed setup needs it (see reset_routing)"
+            ) from None
 
     def routing(self, setups: Sequence[Any]) -> Tensor:
         """Numbers for the rows' setups: `model(**inputs, adapter_ids=ids)` then needs no names.
@@ -651,10 +663,19 @@ class ModelAdaptersMixin:
         ]
 
 
-def _cached_tokens(setups: Sequence[AdapterCompositionBlock | None], kwargs: dict[str, Any]) -> int:
+def _cached_tokens(
+    forward: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    setups: Sequence[AdapterCompositionBlock | None],
+) -> int:
     """Tokens before a forward's own in its key-value cache; where no Split counts tokens, 0."""
+    if not any(isinstance(block, Split) for setup in setups for block in blocks(setup)):
+        return 0
     cache = kwargs.get("past_key_values")
-    if cache is None or not any(isinstance(b, Split) for s in setups for b in blocks(s)):
+    if cache is None and len(args) > 1:
+        cache = inspect.signature(forward).bind(*args, **kwargs).arguments.get("past_key_values")
+    if cache is None:
         return 0
     if isinstance(cache, tuple):
         # keys [B, heads, S, d] first in each layer's entry; transformers 4 still takes these
@@ -680,6 +701,17 @@ def _patched_class(original: type) -> type:
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
         return self._forward_with_adapters(super(patched, self).forward, args, kwargs)
+
+    # generate() and Trainer look there for the arguments that they may pass on
+    signature = inspect.signature(original.forward)
+    *parameters, last = signature.parameters.values()
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in (*_ROW_ARGUMENTS, *ForwardContext.ARGUMENTS)
+    ]
+    is_open = last.kind is inspect.Parameter.VAR_KEYWORD
+    parameters += [*own, last] if is_open else [last, *own]
+    forward.__signature__ = signature.replace(parameters=parameters)
 
     members = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
     members["__wrapped_class__"] = original
@@ -716,6 +748,12 @@ def init(model: nn.Module, backend: str | None = None) -> None:
     model.model_adapters = ModelAdapters(model.base_model, architecture, backend)
     if not isinstance(model, ModelAdaptersMixin):
         model.__class__ = _patched_class(type(model))
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            # enabled before: layers that are computed again must find the forward's contexts
+            arguments = getattr(module._gradient_checkpointing_func, "keywords", {})
+            model.gradient_checkpointing_enable({**arguments, "use_reentrant": False})
+            break
 
 
 def restore(model: nn.Module) -> None:

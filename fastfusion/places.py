@@ -11,14 +11,13 @@ from . import rows
 from .composition import AdapterCompositionBlock, fuses
 from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup
-from .lanes import BoundPlan
 from .layer import AdapterLayer, RoutedSetups
 from .modules import Adapter, AdapterFusion
 from .patching import Architecture, patch
 from .patching.architectures import Place
 
-_routing = threading.Lock()
-"""Held while a model's table of routed setups grows."""
+_routing = threading.RLock()
+"""Held while a model's table of routed setups is read, lowered and set."""
 
 
 class ModelAdapters:
@@ -41,6 +40,8 @@ class ModelAdapters:
         self.frozen = False
         self.needed = rows.needed(None)
         self.routed = RoutedSetups((), self.needed)
+        self.is_routed_stale = False
+        """Whether modules have changed since the routed setups were lowered."""
         self.layers, self.done = patch(base_model, architecture, self._make_layer)
 
     def _make_layer(self, place: Place) -> AdapterLayer:
@@ -55,47 +56,48 @@ class ModelAdapters:
         for layer, plan in zip(self.layers, plans, strict=True):
             layer.activate(plan)
         self.config.active_setup, self.needed = setup, needed
-        self.config.skip_layers = list(skip_layers)
-        self._update_routed()
+        if self.config.skip_layers != list(skip_layers):
+            self.config.skip_layers = list(skip_layers)
+            self.is_routed_stale = True
 
     def update_plans(self) -> None:
         """Lower the active setup again: after a change of modules."""
+        self.is_routed_stale = True
         self.activate(self.config.active_setup, self.config.skip_layers)
 
     def route(self, setups: Sequence[AdapterCompositionBlock | None]) -> list[int]:
-        """The numbers of setups among those that were ever routed; new ones come at the end."""
+        """The numbers of setups among those that were routed; new ones come at the end."""
         with _routing:
             known = tuple(dict.fromkeys((*self.routed.setups, *setups)))
-            if len(known) > len(self.routed.setups):
-                self._set_routed(*self._lowered_routed(known))
+            if self.is_routed_stale or len(known) > len(self.routed.setups):
+                self._set_routed(known)
         number = {setup: i for i, setup in enumerate(known)}
         return [number[setup] for setup in setups]
 
     def reset_routed(self) -> None:
         """Forget the routed setups."""
         with _routing:
-            self._set_routed(*self._lowered_routed(()))
+            self._set_routed(())
 
-    def _lowered_routed(
-        self, setups: tuple[AdapterCompositionBlock | None, ...]
-    ) -> tuple[RoutedSetups, list[BoundPlan]]:
+    def current_routed(self) -> RoutedSetups:
+        """The routed setups with the modules as they are.
+
+        Raises:
+            ValueError: an adapter or fusion has gone that one of them names.
+        """
+        if self.is_routed_stale:
+            with _routing:
+                self._set_routed(self.routed.setups)
+        return self.routed
+
+    def _set_routed(self, setups: tuple[AdapterCompositionBlock | None, ...]) -> None:
         for setup in setups:
             self.check_setup(setup)
+        needed = rows.needed_rows(setups)
         plans = [layer.lower_rows(setups, self.config.skip_layers) for layer in self.layers]
-        return RoutedSetups(setups, rows.needed_rows(setups)), plans
-
-    def _set_routed(self, routed: RoutedSetups, plans: Sequence[BoundPlan]) -> None:
         for layer, plan in zip(self.layers, plans, strict=True):
             layer.routed_plan = plan
-        self.routed = routed
-
-    def _update_routed(self) -> None:
-        """Lower the routed setups again."""
-        try:
-            self._set_routed(*self._lowered_routed(self.routed.setups))
-        except ValueError as error:
-            # an adapter went that a number stands for: a forward with numbers says so
-            self.routed = self.routed._replace(obstacle=str(error))
+        self.routed, self.is_routed_stale = RoutedSetups(setups, needed), False
 
     @property
     def skip_layers(self) -> Sequence[int]:

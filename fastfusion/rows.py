@@ -1,6 +1,5 @@
 """Which row of a batch has which setup: what a forward's arguments say, checked before it runs."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -96,8 +95,11 @@ def checked_numbers(numbers: Any, count: int, argument: str, shape: Shape | None
     Raises:
         ValueError: not one integer for each row, or one out of range.
     """
-    tensor = torch.as_tensor(numbers)
     rows = "B" if shape is None else shape[0]
+    try:
+        tensor = torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{argument}: expected integers [{rows}]; got {numbers!r}") from None
     is_integer = tensor.dtype in (torch.int64, torch.int32)
     if tensor.dim() != 1 or not is_integer or (shape is not None and len(tensor) != shape[0]):
         raise ValueError(
@@ -143,7 +145,6 @@ def task_numbers(
     return checked_numbers(tasks, len(children), "task_ids", shape)
 
 
-@functools.lru_cache(maxsize=256)
 def needed(setup: AdapterCompositionBlock | None) -> Plan:
     """The plan of a setup where every adapter is present: it has the sizes that a batch must have.
 

@@ -373,7 +373,7 @@ def test_a_setup_for_each_row(case):
     "configs", [({"original_ln_before": False}, {}), ({}, {"original_ln_after": False})]
 )
 def test_parts_that_are_empty(setup, configs):
-    """A block's first adapter has the pre step and its last one the post step, with rows or none."""
+    """A block's first adapter has the pre step, its last one the post step, with rows or none."""
     layer = make_layer(list(configs), None, setup)
     hidden, input = (torch.randn(2, 5, 12, dtype=torch.float64) for _ in "hi")
     norm = nn.LayerNorm(12).double().requires_grad_(False)

@@ -25,6 +25,15 @@ def test_one_setup_for_all_rows():
     ]
 
 
+def test_the_cost_of_a_fuse_over_stacks():
+    model = make(num_hidden_layers=1)
+    model.set_active_adapters(Fuse(Stack("d", "a"), "b"))
+    # 3 products of 8 + 4 columns and 2 of 16
+    assert lines(model.adapter_plan())[-1] == (
+        "  all rows and tokens: attention 'a,b' over d -> a, b [28 columns, 2.18 k multiply-adds]"
+    )
+
+
 def test_absent_adapters_and_dropped_layers():
     model = make(num_hidden_layers=3)
     model.set_active_adapters("missing in layer 0", skip_layers=[2])

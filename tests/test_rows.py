@@ -6,6 +6,7 @@ Each row is compared with a forward of that row alone under an `AdapterSetup`.
 import contextlib
 import copy
 import gc
+import inspect
 import io
 import weakref
 
@@ -33,6 +34,7 @@ from fastfusion.composition import (
     Stack,
     parse_composition,
 )
+from fastfusion.lanes import LoneCall
 
 BASE = "__base__"
 LENGTH = 7
@@ -502,6 +504,55 @@ def test_generation_with_a_cache():
         assert not torch.equal(found, model.generate(ids, use_cache=True, **options))
 
 
+def test_generation_with_a_setup_for_each_row():
+    """generate() takes the arguments, and repeats numbers for its beams."""
+    model, ids = decoder(), tiny.ids(3, 4)
+    entries = ["a", Split("a", "b", split_index=6), BASE]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        for beams in (1, 3):
+            expected = []
+            for row, entry in enumerate(entries):
+                with AdapterSetup(setup_of(entry)):
+                    own = ids[row : row + 1]
+                    expected.append(model.generate(own, num_beams=beams, **options))
+            numbers = model.routing(entries)
+            actual = model.generate(ids, adapter_ids=numbers, num_beams=beams, **options)
+            assert torch.equal(actual, torch.cat(expected))
+            if beams == 1:
+                actual = model.generate(ids, adapter_names=entries, **options)
+                assert torch.equal(actual, torch.cat(expected))
+
+
+def test_a_cache_by_position():
+    model, ids = decoder(), tiny.ids(2, 7)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    with torch.no_grad(), AdapterSetup(Split("a", "b", split_index=5)):
+        caches = [model(ids[:, :6], use_cache=True).past_key_values for _ in range(2)]
+        expected = model(ids[:, 6:], past_key_values=caches[0]).logits
+        before = [None] * names.index("past_key_values")
+        before[0] = ids[:, 6:]
+        close(model(*before, caches[1]).logits, expected)
+
+
+def test_a_parallel_with_cross_attention():
+    torch.manual_seed(1)
+    config = BertConfig(**tiny.SIZES, is_decoder=True, add_cross_attention=True)
+    model = BertLMHeadModel(config).eval()
+    fastfusion.init(model)
+    add_adapters(model)
+    model.eval()
+    ids, encoded = tiny.ids(2, LENGTH), torch.randn(2, 5, 32)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    arguments = {"encoder_hidden_states": encoded, "encoder_attention_mask": mask}
+    with torch.no_grad():
+        with AdapterSetup(Parallel("a", "d")):
+            actual = model(ids, **arguments).logits
+        for channel, name in zip(actual.chunk(2), "ad", strict=True):
+            with AdapterSetup(name):
+                close(channel, model(ids, **arguments).logits)
+
+
 def test_a_split_of_a_whole_sequence_with_a_cache():
     """The sum of the parts is the length with what the cache holds."""
     model, ids = decoder(), tiny.ids(2, 7)
@@ -595,6 +646,8 @@ ARGUMENTS = [
     (dict(adapter_ids=torch.tensor(1)), "adapter_ids: expected integers"),
     (dict(adapter_ids=[True, False, True]), "adapter_ids: expected integers"),
     (dict(adapter_ids=[0, 1, 2]), "adapter_ids: expected numbers from 0 to 1; got 2"),
+    (dict(adapter_ids=["a", "d", "a"]), r"adapter_ids: expected integers \[3\]; got \['a'"),
+    (dict(adapter_ids=[None, 1, 1]), r"adapter_ids: expected integers \[3\]; got \[None"),
     (dict(adapter_ids=[0, -1, 1]), "adapter_ids: expected numbers from 0 to 1; got -1"),
     # task_ids
     (dict(task_ids=[0, 0, 0]), "task_ids: expected together with a MultiTask"),
@@ -741,6 +794,79 @@ def test_numbers_stay(model):
         expected = alone(model, ["b", BASE, Stack("a", "b"), "b"], ids)
         close(model(ids, adapter_ids=first)[0], expected)
         close(model(ids, adapter_ids=first.int())[0], expected)
+
+
+def test_a_model_inside_another_ones_forward(model):
+    """Rows are those of the model that was given them."""
+    other, ids = make(), tiny.ids(2, LENGTH)
+    other.set_active_adapters("b")
+    found = []
+    with torch.no_grad():
+        expected = other(ids)[0]
+        hook = model.encoder.layer[0].register_forward_hook(lambda *_: found.append(other(ids)[0]))
+        model(ids, adapter_names=["a", "d"])
+        hook.remove()
+    close(found[0], expected)
+
+
+def test_what_changes_after_a_routing(model):
+    """Numbers see new modules and layers that are left out, compiled models after a routing."""
+    ids = tiny.ids(2, LENGTH)
+    numbers = model.routing(["a", "d"])
+    table = model.model_adapters.routed
+    with torch.no_grad():
+        model.set_active_adapters("b")
+        assert model.model_adapters.routed is table
+        close(model(ids, adapter_ids=numbers)[0], alone(model, ["a", "d"], ids))
+        model.set_active_adapters(None, skip_layers=[1])
+        close(model(ids, adapter_ids=numbers)[0], alone(model, ["a", "d"], ids))
+        model.add_adapter("d", "seq_bn", overwrite_ok=True)
+        tiny.randomize(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match=r"call model.routing\(\[\]\)"):
+            compiled(ids, adapter_ids=numbers)
+        model.routing([])
+        torch._dynamo.reset()
+        close(compiled(ids, adapter_ids=numbers)[0], alone(model, ["a", "d"], ids))
+
+
+def test_checkpointing_from_before_init():
+    """Layers that are computed again find the setup of their forward."""
+    grads = {}
+    ids = tiny.ids(2, LENGTH)
+    for early in (False, True):
+        torch.manual_seed(1)
+        model = AutoModel.from_config(tiny.CONFIGS["bert"])
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if early:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        fastfusion.init(model)
+        add_adapters(model)
+        model.set_active_adapters("a")
+        model.train()
+        with AdapterSetup("d"):
+            loss = model(ids)[0].square().sum()
+        loss.backward()
+        grads[early] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert grads[True].keys() == grads[False].keys()
+    for name, grad in grads[False].items():
+        torch.testing.assert_close(grads[True][name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_fp16_shares_calls(monkeypatch):
+    """All but fusions, whose scores need a temperature."""
+    model = make(num_hidden_layers=1).half()
+    calls = []
+    run = LoneCall.run
+    monkeypatch.setattr(LoneCall, "run", lambda call, *args: calls.append(1) or run(call, *args))
+    with torch.no_grad():
+        model(tiny.ids(4, LENGTH), adapter_names=["a", "b", BASE, Stack("a", "d")])
+        assert not calls
+        model(tiny.ids(4, LENGTH), adapter_names=["a", "b", Fuse("a", "b"), Stack("a", "d")])
+        assert len(calls) == 2
 
 
 def test_routing_that_starts_again(model, monkeypatch):

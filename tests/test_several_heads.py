@@ -467,6 +467,14 @@ BAD_CALLS = {
         lambda m, b: run_in(AdapterSetup(Parallel("a", "b"), head_setup=["a", "b", "a"]), m, b),
         r"head_setup: expected a list of 2 heads.*got \['a', 'b', 'a'\]",
     ),
+    "a Parallel lacks a head": (
+        lambda m, b: (
+            m.set_active_adapters(Parallel("a", "d")),
+            setattr(m, "active_head", None),
+            m(**b),
+        ),
+        r"active_head: expected a head for each child of Parallel\('a', 'd'\).*none for \['d'\]",
+    ),
     "a context's Parallel lacks a head": (
         lambda m, b: run_in(AdapterSetup(Parallel("a", "d")), m, b),
         r"head_setup: expected a head for each child of Parallel\('a', 'd'\).*none for \['d'\]",

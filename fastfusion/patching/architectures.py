@@ -38,8 +38,8 @@ class Architecture(NamedTuple):
     """The places of a base model, first layer first."""
     forwards: Callable[[nn.Module], Iterator[tuple[nn.Module, Callable]]]
     """The modules of a base model whose forward is replaced, with the replacement."""
-    layers: Callable[[nn.Module], Iterable[nn.Module]]
-    """The layers of a base model: a forward from hidden states and masks each."""
+    masked: Callable[[nn.Module], Iterable[nn.Module]]
+    """What has a forward from hidden states and tensors beside them, such as masks: layers."""
     attention_dropout: str
     """The config's field for the dropout of attention probabilities."""
 
@@ -63,6 +63,14 @@ def _bert_forwards(base_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]
         yield place.host, forwards.bert_output
 
 
+def _bert_masked(base_model: nn.Module) -> Iterator[nn.Module]:
+    for layer in base_model.encoder.layer:
+        yield layer
+        if hasattr(layer, "crossattention"):
+            # behind the first place of its layer
+            yield layer.crossattention
+
+
 def _distilbert_places(base_model: nn.Module) -> Iterator[Place]:
     for i, layer in enumerate(base_model.transformer.layer):
         yield Place(i, "mh_adapter", layer, "attention_adapters")
@@ -81,7 +89,7 @@ def _bert_like(class_prefix: str, module: str, base_attribute: str) -> Architect
         base_attribute,
         _bert_places,
         _bert_forwards,
-        lambda base_model: base_model.encoder.layer,
+        _bert_masked,
         "attention_probs_dropout_prob",
     )
 

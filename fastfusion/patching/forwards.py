@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def copy_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-    """Before a layer: behind the first place of a Parallel the masks are still of one channel."""
+    """Before a layer: behind the first place of a Parallel all else is still of one channel."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
     def copied(value: Any) -> Any:

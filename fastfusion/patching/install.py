@@ -66,7 +66,7 @@ def patch(
         module.forward = types.MethodType(function, module)
     hooks = [
         module.register_forward_pre_hook(copy_masks, with_kwargs=True)
-        for module in architecture.layers(base_model)
+        for module in architecture.masked(base_model)
     ]
     return layers, Patch(places, forwards, hooks)
 
