@@ -20,8 +20,10 @@ BUILT := $(VENV)/.built
 demo: venv
 	$(BIN)/python examples/fuse_wordnet.py
 
+# Two processes: most tests are many small operations. Passive, so that their threads do not wait for
+# each other in loops.
 test: venv
-	$(BIN)/pytest -q -m "not gpu and not peer"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not peer"
 
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv

@@ -149,8 +149,9 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
         if not is_asked:
             heads = self._heads_of_context() or self.active_head
-            if heads is None and channels > 1:
-                self._check_some_heads(_heads_of(setup), setup, "active_head")
+            brought = _heads_of(setup) if heads is None and channels > 1 else None
+            if any(name in self.heads for name in head_names(brought)):
+                self._check_heads(brought, setup, "active_head")
         if isinstance(heads, BatchSplit):
             return consecutive_rows(heads, size), size
         if heads is not None and channels > 1:
@@ -171,13 +172,13 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         setup = AdapterSetup.get_context_adapter_setup()
         heads = _heads_of(setup)
         if any(name not in self.heads for name in head_names(heads)):
-            self._check_some_heads(heads, setup, "head_setup")
+            self._check_heads(heads, setup, "head_setup")
             return None
         return self.check_heads(heads, "head_setup")
 
-    def _check_some_heads(self, heads: Heads | None, setup: Setup, argument: str) -> None:
-        """Raise a ValueError where some children of a Parallel or BatchSplit have heads of their
-        names and others not."""
+    def _check_heads(self, heads: Heads | None, setup: Setup, argument: str) -> None:
+        """Raise a ValueError where a child of a Parallel or BatchSplit has no head of its name, if
+        the model has any."""
         missing = [name for name in head_names(heads) if name not in self.heads]
         if missing and not isinstance(heads, str) and len(self.heads) > 0:
             raise ValueError(
