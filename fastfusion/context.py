@@ -107,6 +107,7 @@ class ForwardContext:
         row_setups: distinct setups, one of which each row has.
         row_numbers: [B], integers: which of `row_setups`, or of a MultiTask's children, a row has.
         past: tokens before those of the forward, in its key-value cache.
+        has_copies: whether the rows hold the batch once for each channel of a Parallel already.
     """
 
     ARGUMENTS = ("output_adapter_fusion_attentions", "output_adapter_gating_scores")
@@ -119,12 +120,14 @@ class ForwardContext:
         row_setups: tuple[AdapterCompositionBlock | None, ...] | None = None,
         row_numbers: Tensor | None = None,
         past: int = 0,
+        has_copies: bool = False,
     ):
         self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
         self.output_adapter_gating_scores = output_adapter_gating_scores
         self.row_setups = row_setups
         self.row_numbers = row_numbers
         self.past = past
+        self.has_copies = has_copies
         self._moved_numbers = row_numbers
         self._records: dict[str, dict] = {}
         self._outer: ForwardContext | None = None
@@ -145,7 +148,10 @@ class ForwardContext:
     def silent(self) -> "ForwardContext":
         """The same rows, and nothing to report."""
         return ForwardContext(
-            row_setups=self.row_setups, row_numbers=self.row_numbers, past=self.past
+            row_setups=self.row_setups,
+            row_numbers=self.row_numbers,
+            past=self.past,
+            has_copies=self.has_copies,
         )
 
     def row_numbers_on(self, device: torch.device) -> Tensor:

@@ -106,11 +106,11 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         batch_size, _ = input_shape((), inputs) or (0, 0)
         has_table = kwargs.get("adapter_ids") is not None
 
-        def run(**kwargs: Any) -> ModelOutput | tuple:
+        def run(**base_inputs: Any) -> ModelOutput | tuple:
             heads, size = self._heads_and_rows(head, batch_size, has_table)
             if isinstance(heads, list):
                 _check_labels(labels, batch_size)
-            outputs = self.base_model(return_dict=True, **kwargs)
+            outputs = self.base_model(return_dict=True, **base_inputs)
             if heads is None:
                 return outputs if return_dict else outputs.to_tuple()
             arguments = {

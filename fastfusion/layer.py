@@ -171,14 +171,14 @@ class AdapterLayer:
             ValueError: the setup asks for another batch size or sequence length.
         """
         plan = self.current_plan()
+        forward = ForwardContext.get_context()
+        past, has_copies = (0, False) if forward is None else (forward.past, forward.has_copies)
         copies = channels = plan.plan.channels
-        if channels > 1 and not self.settings.has_copies(self):
+        if channels > 1 and not (has_copies or self.settings.has_copies(self)):
             if plan.plan.has_channels:
                 hidden, input = (t.repeat(channels, 1, 1) for t in (hidden, input))
             else:
                 copies = 1
-        forward = ForwardContext.get_context()
-        past = 0 if forward is None else forward.past
         is_literal = self.settings.backend == "reference"
         around = Around(input, layer_norm, is_literal, self._record, copies, past)
         if plan.plan.is_whole:

@@ -4,7 +4,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from .ops import (
     max_scored,
     stack,
 )
-from .packing import Pack, PackCache, Weights, autocast_off, rescaled, scaled
+from .packing import Pack, PackCache, Part, Weights, autocast_off, rescaled, scaled
+from .rows import can_look_at
 
 if TYPE_CHECKING:
     from .layer import PlaceSettings
@@ -53,8 +54,8 @@ class _Packed:
         """The parameters that the weights are packed from."""
         raise NotImplementedError
 
-    def scalings(self) -> list[Any]:
-        """The fixed scalings, which are no tensors."""
+    def parts(self, tensors: Sequence[Tensor]) -> list[Part]:
+        """What each mixture is packed from, with other values for `tensors()`."""
         raise NotImplementedError
 
     def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> Weights:
@@ -63,8 +64,11 @@ class _Packed:
 
     def packed_weights(self, absorbed: bool, like: Tensor, tensors: list[Tensor]) -> Weights:
         """The cached weights of a form, for rows of the dtype of `like`."""
-        pack = self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
-        return pack.weights(tensors, self.scalings())
+        parts = self.parts(tensors)
+        return self._pack(absorbed, like).weights(dict(enumerate(parts)), lambda: parts)
+
+    def _pack(self, absorbed: bool, like: Tensor) -> Pack:
+        return self._packs.pack(self, (absorbed, like.dtype), self._make_pack, absorbed, like)
 
     def _make_pack(self, absorbed: bool, like: Tensor) -> Pack:
         _check_like(self.tensors(), like)
@@ -163,8 +167,14 @@ class Mixture(_Packed):
             adapters = [a._replace(weight=w) for a, w in zip(adapters, self.weights, strict=True)]
         return absorb.Parameters(adapters, attention)
 
-    def scalings(self) -> list[Any]:
-        return [adapter.__dict__.get("scaling") for adapter in self.adapters]
+    def part(self) -> Part:
+        """What the mixture is packed from."""
+        return self.parts(self.tensors())[0]
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[Part]:
+        # fixed scalings are no tensors
+        scalings = [adapter.__dict__.get("scaling") for adapter in self.adapters]
+        return [Part(tensors, scalings)]
 
     def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> PackedWeights:
         return absorb.pack(self._parameters().with_tensors(tensors), absorbed)
@@ -326,16 +336,17 @@ class MixtureGroup(_Packed):
     def tensors(self) -> list[Tensor]:
         return [tensor for mixture in self.mixtures for tensor in mixture.tensors()]
 
-    def scalings(self) -> list[Any]:
-        return [scaling for mixture in self.mixtures for scaling in mixture.scalings()]
-
-    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> GroupedWeights:
-        packs, start = [], 0
+    def parts(self, tensors: Sequence[Tensor]) -> list[Part]:
+        parts, start = [], 0
         for mixture in self.mixtures:
             end = start + len(mixture.tensors())
-            packs.append(mixture.pack(tensors[start:end], absorbed))
+            parts += mixture.parts(tensors[start:end])
             start = end
-        return stack(packs)
+        return parts
+
+    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> GroupedWeights:
+        parts = zip(self.mixtures, self.parts(tensors), strict=True)
+        return stack([mixture.pack(part.tensors, absorbed) for mixture, part in parts])
 
     def run(
         self, x: Tensor, residual: Tensor | None, groups: Tensor, mask: Tensor | None
@@ -355,18 +366,27 @@ class MixtureGroup(_Packed):
         dtype = compute_dtype(x)
 
         x, residual, mask = (_rows(t, dtype) for t in (x, residual, mask))
-        tensors, backend = self.tensors(), self._settings.backend
+        backend = self._settings.backend
         if _looks_up_in_graph(mask):
             width = max_scored(*self._counts())
             out, p = torch.ops.fastfusion.adapter_fusion_grouped_packed(
-                x, residual, groups, tensors, width, self.handle, backend
+                x, residual, groups, self.tensors(), width, self.handle, backend
             )
         else:
-            weights = self._weights_now(True, x, tensors, mask)
+            weights = self._weights_of(groups, x, mask)
             out, p = adapter_fusion_grouped(
                 x, residual, groups, weights, mask=mask, backend=backend
             )
         return out.view(shape), p.view(*shape[:-1], p.shape[-1])
+
+    def _weights_of(self, groups: Tensor, like: Tensor, mask: Tensor | None) -> Weights:
+        """The weights, in which the groups of some rows are not stale."""
+        if mask is not None or torch.is_grad_enabled() or not can_look_at(groups):
+            return self._weights_now(True, like, self.tensors(), mask)
+        # a large table may have many others
+        numbers = [number for number in groups.unique().tolist() if number >= 0]
+        used = {number: self.mixtures[number].part() for number in numbers}
+        return self._pack(True, like).weights(used, lambda: self.parts(self.tensors()))
 
     def _counts(self) -> tuple[list[int], list[int]]:
         return (

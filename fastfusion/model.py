@@ -28,6 +28,8 @@ from .places import ModelAdapters
 
 _ROW_ARGUMENTS = ("adapter_names", "adapter_ids", "task_ids")
 """The keyword arguments of a forward that choose a setup for each row."""
+_HAS_COPIES = "adapter_input_parallelized"
+"""The one that says that the rows hold the batch once for each channel of a Parallel."""
 
 
 class ModelAdaptersMixin:
@@ -556,6 +558,7 @@ class ModelAdaptersMixin:
         """Take the arguments that say which row has which setup; `ForwardContext`'s for them."""
         given = {name: kwargs.pop(name, None) for name in _ROW_ARGUMENTS}
         given = {name: value for name, value in given.items() if value is not None}
+        has_copies = bool(kwargs.pop(_HAS_COPIES, False))
         if len(given) > 1:
             raise ValueError(f"{min(given)}: expected only one of {sorted(given)}")
         shape = rows.input_shape(args, kwargs)
@@ -578,9 +581,26 @@ class ModelAdaptersMixin:
         is_active = AdapterSetup.get_context() is None
         needed = self.model_adapters.needed if is_active else rows.needed(setup)
         past = tokens_before((setup,))
+        if has_copies and setup is not None and shape is not None:
+            shape = rows.channel_shape(shape, setup.parallel_channels, _HAS_COPIES)
         rows.check_sizes(needed, shape, past)
         numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
-        return {"row_numbers": numbers, "past": past}
+        return {"row_numbers": numbers, "past": past, "has_copies": has_copies}
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple:
+        """What generate() starts with: under a Parallel each channel's own copy of the batch."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        (setup,) = self._setups(None)
+        has_rows = any(model_kwargs.get(argument) is not None for argument in _ROW_ARGUMENTS[:2])
+        channels = 1 if setup is None or has_rows else setup.parallel_channels
+        if channels > 1:
+            copied = {k: v for k, v in model_kwargs.items() if k != "task_ids"}
+            for key, value in copied.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    model_kwargs[key] = value.repeat(channels, *[1] * (value.dim() - 1))
+            inputs = inputs.repeat(channels, *[1] * (inputs.dim() - 1))
+            model_kwargs[_HAS_COPIES] = True
+        return inputs, name, model_kwargs
 
     def _routed_setups(self) -> RoutedSetups:
         table = self.model_adapters.routed

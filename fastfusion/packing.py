@@ -11,9 +11,9 @@ after them.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,11 +50,25 @@ def autocast_off(like: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
+class Part(NamedTuple):
+    """What a pack, or one group of it, is made from."""
+
+    tensors: Sequence[Tensor]
+    """The parameters."""
+    constants: Sequence[Any]
+    """What else is read."""
+
+    def state(self) -> list[Any]:
+        """What differs once the packed weights are stale."""
+        state = [*map(id, self.tensors), *map(Tensor.data_ptr, self.tensors)]
+        return [*state, *_versions(self.tensors), *self.constants, _optimizer_steps]
+
+
 class Pack:
-    """The packed weights of one mixture at one place.
+    """The packed weights of one mixture at one place, or of a group of them.
 
     Args:
-        build: from the tensors that `weights` is given, in at least fp32, to the packed weights.
+        build: from the tensors of all parts, in at least fp32, to the packed weights.
         dtype: what the mixture computes in.
     """
 
@@ -65,24 +79,27 @@ class Pack:
         # kept alive, so that nothing else can get one of their ids or addresses
         self._sources: list[Any] = []
         self._is_lent = False
-        self._state: list[Any] = []
+        self._states: list[list[Any]] = []
 
-    def weights(self, sources: list[Tensor], constants: list[Any]) -> Weights:
-        """The packed weights of these parameters, rebuilt if they are stale.
+    def weights(self, used: Mapping[int, Part], parts: Callable[[], list[Part]]) -> Weights:
+        """The packed weights, rebuilt if those that are used now are stale.
 
         Args:
-            sources: the parameters, in the order that `build` expects.
-            constants: what else `build` reads.
+            used: some of the parts by their numbers: others are not looked at.
+            parts: all of them.
 
         Raises:
             OverflowError: a packed weight is not representable in the parameters' dtype.
         """
-        state = [*map(id, sources), *map(Tensor.data_ptr, sources), *_versions(sources)]
-        state += [*constants, _optimizer_steps]
-        if self._weights is None or state != self._state:
+        states = self._states
+        if not states or any(states[i] != part.state() for i, part in used.items()):
+            found = parts()
+            sources = [tensor for part in found for tensor in part.tensors]
+            # before they are read: a write from now on makes the pack stale again
+            states = [part.state() for part in found]
             self._weights = self._refreshed(sources)
             self._sources = [*sources, *(t.untyped_storage() for t in sources)]
-            self._state, self._is_lent = state, False
+            self._states, self._is_lent = states, False
         # a recorded forward may keep the pack for its backward: the next refresh leaves it alone
         self._is_lent |= torch.is_grad_enabled()
         return self._weights
@@ -100,7 +117,7 @@ class Pack:
 
     def drop(self) -> None:
         """Forget the parameters that the pack was made from; its memory is used again."""
-        self._sources, self._state = [], []
+        self._sources, self._states = [], []
 
 
 def _check_range(weights: PackedWeights) -> None:

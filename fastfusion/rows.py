@@ -35,6 +35,21 @@ def input_shape(args: tuple, kwargs: dict[str, Any]) -> Shape | None:
     return None
 
 
+def channel_shape(shape: Shape, channels: int, argument: str) -> Shape:
+    """The shape of one channel where a batch holds a copy for each of them.
+
+    Raises:
+        ValueError: the rows cannot be shared out.
+    """
+    size, length = shape
+    if size % channels:
+        raise ValueError(
+            f"{argument}: expected a batch of {channels} copies, one for each channel of the "
+            f"Parallel; got {size} rows"
+        )
+    return size // channels, length
+
+
 def parse_row(entry: Any, argument: str) -> AdapterCompositionBlock | None:
     """One row's setup: a name, a block, or "__base__".
 

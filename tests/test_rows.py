@@ -526,6 +526,43 @@ def test_generation_with_a_setup_for_each_row():
                 assert torch.equal(actual, torch.cat(expected))
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_a_parallel(beams):
+    """Channel after channel, as the forward returns them."""
+    model, ids = decoder(), tiny.ids(2, 4)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    children = ["a", Stack("d", "a"), "d"]
+    with torch.no_grad():
+        expected = []
+        for child in children:
+            model.set_active_adapters(child)
+            expected.append(model.generate(ids, attention_mask=mask, **options))
+        model.set_active_adapters(Parallel(*children))
+        actual = model.generate(ids, attention_mask=mask, **options)
+        assert torch.equal(actual, torch.cat(expected))
+        assert not torch.equal(expected[0], expected[2])
+        with AdapterSetup("a"):
+            assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected[0])
+        names = model.generate(
+            ids, attention_mask=mask, adapter_ids=model.routing(["d", "a"]), **options
+        )
+        assert len(names) == 2
+
+
+def test_copies_that_the_rows_hold_already():
+    model, ids = decoder(), tiny.ids(2, 5)
+    model.set_active_adapters(Parallel("a", "b"))
+    with torch.no_grad():
+        expected = model(ids).logits
+        actual = model(ids.repeat(2, 1), adapter_input_parallelized=True).logits
+        close(actual, expected)
+    with pytest.raises(
+        ValueError, match="adapter_input_parallelized: expected a batch of 2 copies"
+    ):
+        model(tiny.ids(3, 5), adapter_input_parallelized=True)
+
+
 def test_a_cache_by_position():
     model, ids = decoder(), tiny.ids(2, 7)
     names = list(inspect.signature(type(model).forward).parameters)[1:]

@@ -1,5 +1,6 @@
 """The packed weights that the ops take: of one mixture, and of several as groups."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,8 +71,15 @@ class GroupLayout(NamedTuple):
 
 def layouts(
     sizes: Sequence[int], counts: Sequence[int], scored: Sequence[int]
-) -> list[GroupLayout]:
+) -> tuple[GroupLayout, ...]:
     """Where the groups' parts lie."""
+    return _layouts(tuple(sizes), tuple(counts), tuple(scored))
+
+
+@functools.lru_cache(maxsize=256)
+def _layouts(
+    sizes: tuple[int, ...], counts: tuple[int, ...], scored: tuple[int, ...]
+) -> tuple[GroupLayout, ...]:
     found, adapter, row_in, row_out = [], 0, 0, 0
     for count, is_scored in zip(counts, scored, strict=True):
         columns = sum(sizes[adapter : adapter + count])
@@ -87,7 +95,7 @@ def layouts(
             )
         )
         adapter, row_in, row_out = adapter + count, end, row_out + rows
-    return found
+    return tuple(found)
 
 
 def stack(packs: Sequence[PackedWeights]) -> GroupedWeights:
