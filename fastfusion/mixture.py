@@ -21,7 +21,7 @@ from .ops import (
     max_scored,
     stack,
 )
-from .packing import Pack, PackCache, Part, Weights, autocast_off, rescaled, scaled
+from .packing import Pack, PackCache, Part, Weights, autocast_off, rescaled, scaled, upcast
 from .rows import can_look_at
 
 if TYPE_CHECKING:
@@ -58,8 +58,14 @@ class _Packed:
         """What each mixture is packed from, with other values for `tensors()`."""
         raise NotImplementedError
 
-    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> Weights:
-        """The packed weights with other values for `tensors()`."""
+    def pack(self, tensors: Sequence[Tensor], absorbed: bool, is_precise: bool = False) -> Weights:
+        """The packed weights with other values for `tensors()`.
+
+        Args:
+            tensors: the values.
+            absorbed: the form.
+            is_precise: whether products are taken, and returned, in more than the tensors' dtype.
+        """
         raise NotImplementedError
 
     def packed_weights(self, absorbed: bool, like: Tensor, tensors: list[Tensor]) -> Weights:
@@ -176,8 +182,19 @@ class Mixture(_Packed):
         scalings = [adapter.__dict__.get("scaling") for adapter in self.adapters]
         return [Part(tensors, scalings)]
 
-    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> PackedWeights:
+    def pack(
+        self, tensors: Sequence[Tensor], absorbed: bool, is_precise: bool = False
+    ) -> PackedWeights:
+        if is_precise and self._takes_products():
+            tensors = list(map(upcast, tensors))
         return absorb.pack(self._parameters().with_tensors(tensors), absorbed)
+
+    def _takes_products(self) -> bool:
+        if self.fusion is not None or self.weights is not None:
+            return True
+        scalings = [adapter.scaling for adapter in self.adapters]
+        is_scaled = any(isinstance(factor, Tensor) or factor != 1.0 for factor in scalings)
+        return is_scaled or any(adapter.config["ln_before"] for adapter in self.adapters)
 
     def is_absorbed(self, hidden: Tensor) -> bool:
         """Whether the op computes the whole mixture; else the fusion's matrices stay outside.
@@ -344,9 +361,11 @@ class MixtureGroup(_Packed):
             start = end
         return parts
 
-    def pack(self, tensors: Sequence[Tensor], absorbed: bool) -> GroupedWeights:
+    def pack(
+        self, tensors: Sequence[Tensor], absorbed: bool, is_precise: bool = False
+    ) -> GroupedWeights:
         parts = zip(self.mixtures, self.parts(tensors), strict=True)
-        return stack([mixture.pack(part.tensors, absorbed) for mixture, part in parts])
+        return stack([mixture.pack(part.tensors, absorbed, is_precise) for mixture, part in parts])
 
     def run(
         self, x: Tensor, residual: Tensor | None, groups: Tensor, mask: Tensor | None
@@ -406,7 +425,7 @@ def _rows(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _build(owner: "weakref.ref[_Packed]", absorbed: bool, tensors: Sequence[Tensor]) -> Weights:
-    return owner().pack(tensors, absorbed)
+    return owner().pack(tensors, absorbed, is_precise=True)
 
 
 def _autocast_dtype(like: Tensor) -> torch.dtype | None:

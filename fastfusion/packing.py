@@ -1,7 +1,8 @@
 """The cache of packed weights for inference, and what makes a pack stale.
 
-A pack is built in fp32 (fp64 for fp32 models) and cast once; while its parameters stay the same it
-is used again, and when they change it is refreshed in place: CUDA graphs keep their addresses.
+Products of matrices are taken in fp32 (fp64 for fp32 models) and cast once. While its parameters
+stay the same a pack is used again, and when they change it is refreshed in place: CUDA graphs keep
+their addresses. Of a pack for groups of rows, only the groups that a forward uses are looked at.
 
 A pack is stale when one of its parameters is another object, lies elsewhere in memory, has another
 version, when a fixed scaling has another value, or when any `torch.optim` optimizer has made a step
@@ -68,7 +69,7 @@ class Pack:
     """The packed weights of one mixture at one place, or of a group of them.
 
     Args:
-        build: from the tensors of all parts, in at least fp32, to the packed weights.
+        build: from the tensors of all parts to the packed weights, in their dtype or a wider one.
         dtype: what the mixture computes in.
     """
 
@@ -105,14 +106,13 @@ class Pack:
         return self._weights
 
     def _refreshed(self, sources: list[Tensor]) -> Weights:
-        high = sources[0].dtype in (torch.float32, torch.float64)
-        precise = torch.float64 if high else torch.float32
         # a pack made in inference mode could not serve a recorded forward later
         with torch.inference_mode(False), torch.no_grad(), autocast_off(sources[0]):
-            built = self._build([t.to(precise) for t in sources])
-            if self._dtype == torch.float16 and isinstance(built, PackedWeights):
+            built = self._build(sources)
+            if self._dtype == torch.float16:
                 _check_range(built)
-                built = rescaled(built)
+                # a group has no temperature, and so no scores in fp16
+                built = rescaled(built) if isinstance(built, PackedWeights) else built
             return _stored(built, self._dtype, into=None if self._is_lent else self._weights)
 
     def drop(self) -> None:
@@ -120,11 +120,18 @@ class Pack:
         self._sources, self._states = [], []
 
 
-def _check_range(weights: PackedWeights) -> None:
+def upcast(tensor: Tensor) -> Tensor:
+    """For products whose result is kept: in twice the precision, at least fp32."""
+    high = tensor.dtype in (torch.float32, torch.float64)
+    return tensor.to(torch.float64 if high else torch.float32)
+
+
+def _check_range(weights: Weights) -> None:
     """Refuse by name what fp16 cannot hold, instead of infinities at run time."""
     limit = torch.finfo(torch.float16).max
-    for name, tensor in zip(("w_down", "w_out"), (weights.w_down, weights.w_out), strict=True):
-        if (tensor.abs() > limit).any():
+    for name in ("w_down", "w_in", "w_out"):
+        tensor = getattr(weights, name, None)
+        if tensor is not None and (tensor.abs() > limit).any():
             raise OverflowError(
                 f"{name}: the product of the adapters' and the fusion's matrices reaches "
                 f"{tensor.abs().max():.3g}, beyond the range of float16"
@@ -177,6 +184,10 @@ def _stored(built: Weights, dtype: torch.dtype, into: Weights | None) -> Weights
             or base.shape != shape
             or (base.dtype, base.device) != (dtype, parts[0].device)
         ):
+            if isinstance(built, GroupedWeights) and parts[0].dtype == dtype:
+                # `stack` has just made it
+                stored[names[0]] = parts[0][:]
+                continue
             base = torch.empty(shape, dtype=dtype, device=parts[0].device)
         start = 0
         for name, part in zip(names, parts, strict=False):

@@ -287,6 +287,41 @@ def test_half_precision_refuses_what_it_cannot_hold():
         output(model, tiny.ids())
 
 
+def test_half_precision_refuses_what_a_group_cannot_hold():
+    model = tiny.bert()
+    model.add_adapter("large", "seq_bn[reduction_factor=4, scaling=1e6]")
+    model.half()
+    with pytest.raises(OverflowError, match="w_out"), torch.no_grad():
+        model(tiny.ids(2), adapter_names=["a", "large"])
+
+
+def test_a_group_looks_at_what_its_rows_use(model, monkeypatch):
+    calls = []
+    original = absorb.pack
+    monkeypatch.setattr(absorb, "pack", lambda *a: calls.append(1) or original(*a))
+    ids, numbers = tiny.ids(2), model.routing(["a", "b", "c", "__base__"])
+    layers = len(model.model_adapters.layers)
+
+    def rows(*own, backend=None):
+        model.set_backend(backend)
+        with torch.no_grad():
+            return model(ids, adapter_ids=numbers[list(own)]).last_hidden_state
+
+    rows(0, 3)
+    assert len(calls) == 3 * layers
+    before = rows(1, 2)
+    with torch.no_grad():
+        for _, adapter in model.model_adapters.modules("b"):
+            adapter.adapter_up.weight.add_(0.1)
+    rows(0, 2)
+    assert len(calls) == 3 * layers
+    after = rows(2, 1)
+    assert len(calls) == 6 * layers
+    expected = rows(2, 1, backend="reference")
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(after[1], before[0])
+
+
 def test_packs_are_built_in_twice_the_precision():
     """fp32 parameters, products of three matrices: the pack is the fp64 product, rounded once."""
     model = tiny.bert()
