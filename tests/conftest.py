@@ -32,3 +32,12 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def launches(request, monkeypatch):
+    """The triton backend as it is, and with every size in two launches, as beyond its border."""
+    if request.param == "two launches":
+        tiles = pytest.importorskip("fastfusion.kernels.triton.tiles")
+        monkeypatch.setattr(tiles, "MAX_COLUMNS", 0)
+    return request.param

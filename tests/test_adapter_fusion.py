@@ -46,7 +46,7 @@ BACKENDS_AND_DTYPES = [
 NATIVE = [activation.name for activation in ACTIVATIONS[:NATIVE_ACTIVATIONS]]
 # what is no business of a backend runs in one process only
 backend_free = pytest.mark.skipif(INTERPRETED, reason="independent of the backends")
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poisoned_empty", *["launches"] * INTERPRETED)
 
 
 def plain(activation: str):
@@ -829,8 +829,6 @@ def test_refusals_by_name():
     "case, dtype, message",
     [
         (Case(), torch.float64, "float32, bfloat16 or float16; x is torch.float64"),
-        (Case(sizes=(193,)), torch.float32, r"sizes \[193\] take 272"),
-        (Case(sizes=(1,) * 129), torch.float32, "208 columns of bottlenecks and scores"),
         (Case(activations=("mish",)), torch.float32, "it has no mish"),
     ],
 )
@@ -849,10 +847,16 @@ def test_triton_refuses_mixed_dtypes():
         run(on("triton"), case, given)
 
 
+SIZES = [(192,), (97, 95), (1,) * 32, (8,) * 16, (193,), (1,) * 64, (512, 4, 65), (48,) * 8, (0, 1)]
+SIZES += [(0, 40, 0, 0, 25, 0)]
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="the widest block takes a second")
-@pytest.mark.parametrize("sizes", [(192,), (97, 95), (1,) * 32, (8,) * 16], ids=str)
-def test_triton_at_its_limits(sizes):
-    case = Case(rows=5, hidden=20, sizes=sizes, mask=True)
+@pytest.mark.parametrize("inputs", [1, 2], ids=["", "inputs"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_triton_on_both_sides_of_its_border(sizes, inputs):
+    inputs = 1 if inputs == 1 else len(sizes)
+    case = Case(rows=5, hidden=20, sizes=sizes, mask=True, inputs=inputs)
     given = tensors_of(case, torch.float32, "cpu")
     truth = run(literal, case, as_double(given), [])
     plain = run(literal, case, given, [])

@@ -45,6 +45,7 @@ TOLERANCE = {
 # The mode that the fixture uses refuses cuBLAS's products.
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 pytestmark = [] if ON_GPU else [pytest.mark.usefixtures("poisoned_empty")]
+pytestmark += [pytest.mark.usefixtures("launches")] * INTERPRETED
 ROWS = {
     "none": [],
     "one": [2],
@@ -224,9 +225,9 @@ def test_rows_do_not_touch_each_other(backend):
 @pytest.mark.skipif(not INTERPRETED, reason="writes outside and orders of the triton backend")
 @pytest.mark.parametrize("rows", ["in-order", "shuffled", "one", "all-base"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-def test_triton_writes_each_row_once_in_any_order(rows, with_residual):
+def test_triton_writes_each_row_once_in_any_order(rows, with_residual, launches):
     """Blocks from the last to the first, unused entries too; what is around the outputs stays."""
-    from fastfusion.kernels.triton import grouped
+    from fastfusion.kernels.triton import grouped, two_launches
 
     groups, guard = ROWS[rows], 70  # more rows than a block has
     x, residual, _, mask = inputs(len(groups), torch.float32)
@@ -235,34 +236,42 @@ def test_triton_writes_each_row_once_in_any_order(rows, with_residual):
     expected = adapter_fusion_grouped(
         x, residual, ids(groups), weights, mask=mask, backend="triton"
     )
-    arguments = grouped.launch_arguments(
-        x, residual, ids(groups), *weights[:3], mask, *weights[3:], None
-    )
-    blocks = arguments["blocks_ptr"].flip(0)
     results = [torch.full([len(x) + 2 * guard, t.shape[1]], 7.0) for t in expected]
-    arguments["blocks_ptr"] = blocks
-    arguments["out_ptr"], arguments["p_ptr"] = (t[guard:-guard] for t in results)
-    grouped._adapter_fusion_grouped_fwd_kernel[(len(blocks),)](**arguments)
-    for result, truth in zip(results, expected, strict=True):
+    if launches == "one launch":
+        arguments = grouped.launch_arguments(
+            x, residual, ids(groups), *weights[:3], mask, *weights[3:], None
+        )
+        blocks = arguments["blocks_ptr"] = arguments["blocks_ptr"].flip(0)
+        arguments["out_ptr"], arguments["p_ptr"] = (t[guard:-guard] for t in results)
+        grouped._adapter_fusion_grouped_fwd_kernel[(len(blocks),)](**arguments)
+    else:
+        w_in, b_in, w_out, sizes, activations, *layout = weights
+        found = grouped.starts(sizes, *layout)
+        first, second, row_blocks = two_launches.launch_arguments(
+            [x], None, residual, ids(groups), w_in, b_in, w_in, b_in, w_out, None, mask, None,
+            found, layout[0], sizes, activations, None,
+        )  # fmt: skip
+        first["blocks_ptr"] = second["blocks_ptr"] = first["blocks_ptr"].flip(0)
+        for name in ("z_ptr", "parts_ptr"):
+            inner = torch.full([first[name].numel() + 2 * guard], 7.0)
+            first[name] = second[name] = inner[guard:-guard].view_as(first[name])
+            results.append(inner)
+        second["out_ptr"], second["p_ptr"] = (t[guard:-guard] for t in results[:2])
+        two_launches.adapter_columns_kernel[(row_blocks * first["num_tiles"],)](**first)
+        h_tiles = -(-x.shape[1] // second["BLOCK_H"])
+        two_launches.adapter_output_kernel[(row_blocks * h_tiles,)](**second)
+    for result, truth in zip(results, expected, strict=False):
         assert torch.equal(result[guard:-guard], truth)
+    for result in results:
         assert (result[:guard] == 7).all() and (result[-guard:] == 7).all()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the triton backend's limits")
-@pytest.mark.parametrize(
-    "groups, message",
-    [
-        (
-            [((100, 93), ("relu",) * 2, True), ((5,), ("relu",), False)],
-            r"208 columns .* sizes \[100, 93, 5\] in groups of \[2, 1\] take 272",
-        ),
-        ([((4,), ("relu",), True), ((5,), ("mish",), False)], "it has no mish"),
-    ],
-)
-def test_triton_refusals(groups, message):
+def test_triton_refusals():
     x, residual, _, _ = inputs(2, torch.float32)
+    groups = [((4,), ("relu",), True), ((5,), ("mish",), False)]
     weights = stack(packs(torch.float32, groups=groups))
-    with pytest.raises(ValueError, match=f"backend: 'triton' cannot run this: .*{message}"):
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run this: .*it has no mish"):
         adapter_fusion_grouped(x, residual, ids([0, 1]), weights, backend="triton")
 
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fastfusion.kernels.triton import adapter_fusion as module  # noqa: E402
-from fastfusion.kernels.triton import grouped  # noqa: E402
+from fastfusion.kernels.triton import grouped, two_launches  # noqa: E402
 from fastfusion.ops.weights import layouts  # noqa: E402
 
 KERNEL = module._adapter_fusion_fwd_kernel
@@ -109,6 +109,26 @@ def spills_in_loops(path: Path) -> int:
         "LDL" in instruction or "STL" in instruction
         for at, instruction in code.items()
         if any(first <= at <= last for first, last in loops)
+    )
+
+
+def compiled_pair(target, dtype, hidden, sizes, rows):
+    """Both kernels of two launches for a plain call."""
+    columns, adapters = sum(sizes), len(sizes)
+
+    def empty(*shape):
+        return torch.empty(*shape, dtype=dtype)
+
+    x = empty(rows, hidden)
+    first, second, _ = two_launches.launch_arguments(
+        [x], None, x, None, empty(columns, hidden), empty(columns),
+        empty(columns + adapters, hidden), empty(columns + adapters),
+        empty(columns + adapters, hidden), None, None, None, [(0, 0, 0)], [adapters], sizes,
+        [1] * adapters, target,
+    )  # fmt: skip
+    return (
+        compiled_for(target, two_launches.adapter_columns_kernel, first),
+        compiled_for(target, two_launches.adapter_output_kernel, second),
     )
 
 
@@ -228,3 +248,26 @@ def test_grouped_is_compiled_once_for_every_mixture():
     expected = constants([[8, 8], [4]], [0, 1, -1])
     assert constants([[8, 8], [4]], [-1] * 70) == expected
     assert constants([[5], [3, 9], [1]], [2, 0, 1, 1]) == expected
+
+
+# beyond the border of one launch: BERT-base with 8 adapters, with many rows and with few
+@pytest.mark.parametrize(
+    "dtype, rows", [(torch.bfloat16, 16384), (torch.bfloat16, 1024), (torch.float32, 16384)]
+)
+@pytest.mark.parametrize("target", MATRIX_UNITS, ids=["sm_80", "sm_90", "sm_100"])
+def test_two_launches(target, dtype, rows, tmp_path):
+    for kernel in compiled_pair(target, dtype, 768, [48] * 8, rows):
+        assert registers_and_stack(kernel, tmp_path / "kernel.cubin")[1] == 0
+        assert kernel.metadata.shared <= SHARED[target]
+        if dtype == torch.bfloat16:
+            assert MATRIX_UNITS[target] in kernel.asm["ptx"]
+        else:
+            assert "tf32" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("rows", [16384, 1024])
+def test_two_launches_on_amd(rows):
+    for kernel in compiled_pair(GFX942, torch.bfloat16, 768, [48] * 8, rows):
+        assert kernel.metadata.shared <= 64 * 1024
+        assert re.search(r"\.vgpr_spill_count:\s*0\b", kernel.asm["amdgcn"])
+        assert "v_mfma" in kernel.asm["amdgcn"]

@@ -43,6 +43,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from . import two_launches
 from .tiles import (
     INTERPRETED,
     activation,
@@ -53,6 +54,7 @@ from .tiles import (
     contiguous_rows,
     dot_one_hot,
     dot_rows,
+    fits_one_launch,
     padded,
     schedule,
     target_of,
@@ -311,6 +313,12 @@ def adapter_fusion(
     activations: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion`."""
+    if not fits_one_launch(sum(sizes), len(sizes)):
+        start = (0, -1 if w_score is None else 0, 0)
+        return two_launches.launch(
+            x, query, residual, None, w_down, b_down, w_score, b_score, w_out, temperature, mask,
+            score_offset, [start], [len(sizes)], sizes, activations,
+        )  # fmt: skip
     arguments = launch_arguments(
         x, query, residual, w_down, b_down, w_score, b_score, w_out, temperature, mask,
         score_offset, sizes, activations, target_of(x[0].device),

@@ -10,8 +10,8 @@ from fastfusion.ops.torch_backend import (
 from fastfusion.ops.weights import GroupedWeights, PackedWeights
 
 from .adapter_fusion import adapter_fusion, adapter_fusion_norm
-from .grouped import adapter_fusion_grouped, widest
-from .tiles import DTYPES, INTERPRETED, MAX_COLUMNS, column_blocks, padded
+from .grouped import adapter_fusion_grouped
+from .tiles import DTYPES, INTERPRETED
 
 __all__ = [
     "adapter_fusion",
@@ -35,14 +35,4 @@ def refusal(x: Tensor, weights: PackedWeights | GroupedWeights) -> str | None:
             continue
         if weight.dtype != x.dtype or weight.device != x.device:
             return f"{name} is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}"
-    sizes = list(weights.sizes)
-    counts = list(weights.counts) if isinstance(weights, GroupedWeights) else [len(sizes)]
-    columns, adapters = widest(sizes, counts)
-    taken = sum(column_blocks(columns)) + padded(adapters)
-    if taken > MAX_COLUMNS:
-        in_groups = f" in groups of {counts}" if len(counts) > 1 else ""
-        return (
-            f"its row block holds {MAX_COLUMNS} columns of bottlenecks and scores in registers; "
-            f"sizes {sizes}{in_groups} take {taken}"
-        )
     return None

@@ -38,9 +38,10 @@ from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import layouts, max_scored
 from triton.backends.compiler import GPUTarget
 
+from . import two_launches
 from .tiles import (
     INTERPRETED,
-    activation,
+    activate,
     add_bias,
     cast,
     column_blocks,
@@ -48,19 +49,12 @@ from .tiles import (
     contiguous_rows,
     dot_one_hot,
     dot_rows,
+    fits_one_launch,
     padded,
     schedule,
     target_of,
+    widest,
 )
-
-
-@triton.jit
-def _activate(pre, code, CODES: tl.constexpr):
-    """Each column's own activation: one pass for each code that occurs."""
-    z = activation(pre, CODES[0])
-    for j in tl.static_range(1, len(CODES)):
-        z = tl.where((code == CODES[j])[None, :], activation(pre, CODES[j]), z)
-    return z
 
 
 @triton.jit
@@ -191,11 +185,11 @@ def _adapter_fusion_grouped_fwd_kernel(
 
     column = columns_ptr + (first_column + offs_d) * 2
     code = tl.load(column + 1, mask=mask_d, other=CODES[0])
-    z = _activate(add_bias(pre, b_in_ptr, down + offs_d, mask_d), code, CODES)
+    z = activate(add_bias(pre, b_in_ptr, down + offs_d, mask_d), code, CODES)
     if BLOCK_R > 0:
         column_r = columns_ptr + (first_column + offs_r) * 2
         code_r = tl.load(column_r + 1, mask=mask_r, other=CODES[0])
-        z_r = _activate(add_bias(pre_r, b_in_ptr, down + offs_r, mask_r), code_r, CODES)
+        z_r = activate(add_bias(pre_r, b_in_ptr, down + offs_r, mask_r), code_r, CODES)
 
     p = tl.zeros([BLOCK_T, BLOCK_N], tl.float32) + mask_n.to(tl.float32)[None, :]
     if scored:
@@ -251,10 +245,14 @@ def _adapter_fusion_grouped_fwd_kernel(
         tl.store(out_tile, cast(out, DTYPE, INTERPRETED), mask=mask_th)
 
 
-def widest(sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, int]:
-    """The most columns and the most adapters that any group has."""
-    parts = layouts(sizes, counts, [0] * len(counts))
-    return max(sum(sizes[part.adapters]) for part in parts), max(counts)
+def starts(
+    sizes: Sequence[int], counts: Sequence[int], scored: Sequence[int]
+) -> list[two_launches.Start]:
+    """Where the parts of each group begin."""
+    return [
+        (part.down.start, -1 if part.score is None else part.score.start, part.out.start)
+        for part in layouts(sizes, counts, scored)
+    ]
 
 
 # Kept for good: a CUDA graph may have captured their addresses.
@@ -274,11 +272,10 @@ def _tables(
         columns [sum(sizes), 2]: the adapter in its group, the activation.
     """
     groups, columns = [], []
-    for part in layouts(sizes, counts, scored):
+    found = starts(sizes, counts, scored)
+    for part, start in zip(layouts(sizes, counts, scored), found, strict=True):
         own = sizes[part.adapters]
-        score = -1 if part.score is None else part.score.start
-        starts = [part.down.start, score, part.out.start, len(columns)]
-        groups.append([*starts, sum(own), len(own)])
+        groups.append([*start, len(columns), sum(own), len(own)])
         for i, (size, code) in enumerate(zip(own, activations[part.adapters], strict=True)):
             columns += [[i, code]] * size
     return tuple(
@@ -350,6 +347,11 @@ def adapter_fusion_grouped(
     scored: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion_grouped`."""
+    if not fits_one_launch(*widest(sizes, counts)):
+        return two_launches.launch(
+            [x], None, residual, groups, w_in, b_in, w_in, b_in, w_out, None, mask, None,
+            starts(sizes, counts, scored), counts, sizes, activations,
+        )  # fmt: skip
     arguments = launch_arguments(
         x, residual, groups, w_in, b_in, w_out, mask, sizes, activations, counts, scored,
         target_of(x.device),

@@ -1,6 +1,8 @@
 """What the kernels share: activations, roundings, products of tiles, block sizes and schedules."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +52,15 @@ def activation(x, CODE: tl.constexpr):
     else:
         tl.static_assert(CODE == LINEAR, "an activation that this kernel has not")
         return x
+
+
+@triton.jit
+def activate(pre, code, CODES: tl.constexpr):
+    """Each column's own activation: one pass for each code that occurs."""
+    z = activation(pre, CODES[0])
+    for j in tl.static_range(1, len(CODES)):
+        z = tl.where((code == CODES[j])[None, :], activation(pre, CODES[j]), z)
+    return z
 
 
 @triton.jit
@@ -110,6 +121,12 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def widest(sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, int]:
+    """The most columns and the most adapters that any group has."""
+    each = iter(sizes)
+    return max(sum(itertools.islice(each, count)) for count in counts), max(counts)
+
+
 def column_blocks(columns: int) -> tuple[int, int]:
     """Two blocks that hold the columns (144: 128 and 16; 256 would nearly double the work), or one
     and 0 where two are no narrower."""
@@ -118,6 +135,11 @@ def column_blocks(columns: int) -> tuple[int, int]:
     if first < 16 or columns - first > first // 2:
         return whole, 0
     return first, padded(columns - first)
+
+
+def fits_one_launch(columns: int, adapters: int) -> bool:
+    """Whether one program holds the bottlenecks and scores of a row block in registers."""
+    return sum(column_blocks(columns)) + padded(adapters) <= MAX_COLUMNS
 
 
 @functools.cache
@@ -142,6 +164,32 @@ def schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:
     else:
         rows, k, h, warps, stages = 64, 32, 64, 4, 2  # 64 KiB of LDS
     return {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
+
+
+def two_launch_schedule(
+    dtype: torch.dtype, target: GPUTarget | None, num_rows: int
+) -> dict[str, int]:
+    """The same for two launches: BLOCK_D columns in the first, BLOCK_H of H in the second."""
+    arch = target.arch // 10 if target is not None and target.backend == "cuda" else None
+    if target is None:
+        # small, so that tests have many tiles
+        rows, d, k, h, warps, stages = 32, 32, 32, 64, 4, 1
+    elif dtype == torch.float32:
+        rows, d, k, h, warps, stages = 32, 32, 16, 32, 4, 2
+    elif num_rows < 4096:
+        rows, d, k, h, warps, stages = 64, 64, 64, 64, 4, 3
+    elif arch == 9:
+        rows, d, k, h, warps, stages = 128, 128, 32, 128, 8, 4
+    elif arch == 10:
+        rows, d, k, h, warps, stages = 128, 64, 64, 128, 8, 3
+    else:
+        rows, d, k, h, warps, stages = 128, 64, 32, 128, 8, 3
+    if target is not None and target.backend != "cuda":
+        stages = 2  # 64 KiB of LDS
+    return {
+        "BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps,
+        "num_stages": stages,
+    }  # fmt: skip
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:
