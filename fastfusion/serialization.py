@@ -39,7 +39,7 @@ from .files import (
     read_files,
     write_files,
 )
-from .heads import PredictionHead, head_from_config
+from .heads import PredictionHead, checked_label2id, head_from_config
 from .modules import check_module_name
 
 logger = logging.getLogger(__name__)
@@ -876,8 +876,8 @@ def _read_head(
     _check_hidden_size(model, saved, source)
 
     if not hasattr(model, "heads"):
-        label2id = _static_label2id(saved, id2label, source)
         tensors = _match(tensors, static_head(model), strict, source)
+        label2id = _static_label2id(model, saved, id2label, source)
         return _ReadHead(model, None, tensors, label2id)
 
     saved_name = checked_field(saved, "name", (str,), source)
@@ -902,20 +902,24 @@ def _read_head(
 
 
 def _static_label2id(
-    saved: Mapping[str, Any], id2label: Mapping[int, str] | None, source: str
+    model: nn.Module, saved: Mapping[str, Any], id2label: Mapping[int, str] | None, source: str
 ) -> dict[str, int] | None:
-    """Label -> number for a class with one head: the user's, or those of the file."""
-    if id2label is not None:
-        return {label: int(i) for i, label in id2label.items()}
-    labels = saved.get("label2id")
+    """Label -> number for a class with one head: the user's, or those of the file, or None."""
+    argument, labels = ("id2label", id2label) if id2label else ("label2id", saved.get("label2id"))
     if not labels:
         return None
     try:
-        return {label: int(i) for label, i in labels.items()}
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        label2id = checked_label2id(argument, labels)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    # not every class has one output for each label
+    num_labels = getattr(model, "num_labels", len(label2id))
+    if len(label2id) != num_labels:
         raise ValueError(
-            f"{source}: expected label -> number under 'label2id'; got {labels!r}"
-        ) from error
+            f"{source}: {argument}: expected {num_labels} labels, as many as the head has outputs; "
+            f"got {list(label2id)}"
+        )
+    return label2id
 
 
 def _check_head_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModel, BertForSequenceClassification
+from transformers import AutoModel, BertForMaskedLM, BertForSequenceClassification
 
 import fastfusion.serialization as files
 from fastfusion.composition import Fuse
@@ -1005,10 +1005,44 @@ def test_labels_of_something_else_in_a_class_with_a_head(tmp_path):
     model = static()
     files.save_head(model, tmp_path)
     path = tmp_path / HEAD_FILES.config
-    for labels in ([1], {"x": "y"}):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "label2id": labels}))
+    text = path.read_text()
+    for labels in (
+        [1],
+        {"x": "y"},
+        {"a": 0, "b": 1},
+        {"a": 0, "b": 1, "c": 2, "d": 3},
+        {"a": 0, "b": 1, "c": 3},
+        {"a": 0, "b": 1, "c": 1},
+    ):
+        path.write_text(json.dumps({**json.loads(text), "label2id": labels}))
         with unchanged(model), pytest.raises(ValueError, match="head_config.json: .*label2id"):
             files.load_head(model, tmp_path)
+    path.write_text(text)
+    for labels in (["a", "b", "c"], {0: "a", 1: "b"}, {0: "a", 1: "b", 2: "a"}, {0: "a", 2: "b"}):
+        with unchanged(model), pytest.raises(ValueError, match="id2label"):
+            files.load_head(model, tmp_path, id2label=labels)
+    files.load_head(model, tmp_path, id2label={0: "a", 1: 1, "2": "b"})
+    assert model.config.label2id == {"a": 0, "1": 1, "b": 2}
+    assert model.config.num_labels == 3
+
+
+def test_labels_in_a_class_without_an_output_for_each(tmp_path):
+    """transformers' configurations have two labels where nothing says how many."""
+    model = BertForMaskedLM.from_pretrained(GOLDEN / "models/bert")
+    init(model)
+    files.save_head(model, tmp_path)
+    files.load_head(model, tmp_path, id2label={0: "a", 1: "b", 2: "c"})
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_labels_that_are_numbers(model, tmp_path):
+    """JSON has them as strings; reading them must not look like another head."""
+    model.add_classification_head("n", num_labels=3, id2label={0: 3, 1: 2, 2: 1})
+    assert model.config.id2label == {0: "3", 1: "2", 2: "1"}
+    files.save_head(model, tmp_path, "n")
+    head = model.heads["n"]
+    files.load_head(model, tmp_path)
+    assert model.heads["n"] is head
 
 
 def test_head_types_that_come_later():
