@@ -246,7 +246,8 @@ def read_files(
         FileNotFoundError: the directory or one of the two files is missing.
         NotADirectoryError: `directory` is something else.
         NotImplementedError: `directory` is a URL or an identifier of a hub.
-        ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
+        ValueError: a file is damaged, of another kind, a pickle of more than tensors, or one of
+            tensors without their values.
     """
     directory = _existing_directory(directory, argument)
     config, data = _read_config(directory, files.config, argument)
@@ -321,4 +322,15 @@ def _read_tensors(path: Path, is_pickle: bool) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
     ):
         raise ValueError(f"{path}: expected a dictionary of tensors; got {type(tensors).__name__}")
+    for key, tensor in tensors.items():
+        # a pickle may name shapes without the values: they would take memory in whoever copies them
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            kind = f"{tensor.layout}, {tensor.device}"
+        elif tensor.nbytes > min(tensor.untyped_storage().nbytes(), len(data)):
+            kind = f"{tensor.nbytes} bytes, of which the file has fewer"
+        else:
+            continue
+        raise ValueError(
+            f"{path}: expected dense tensors with all their values; got {key} ({kind})"
+        )
     return tensors

@@ -191,12 +191,12 @@ def _match(
     if shapes:
         raise ValueError(f"{source}: shapes differ: {'; '.join(sorted(shapes)[:20])}")
     wrong = [
-        f"{key} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+        f"{key} ({tensor.dtype})"
         for key, tensor in fitting.items()
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
+        if not tensor.is_floating_point()
     ]
     if wrong:
-        raise ValueError(f"{source}: expected dense floating-point tensors; got {_listing(wrong)}")
+        raise ValueError(f"{source}: expected floating-point tensors; got {_listing(wrong)}")
     overflowing = [
         f"{key} ({expected[key].dtype})"
         for key, tensor in fitting.items()
@@ -427,7 +427,8 @@ def _check_bottlenecks(
         ValueError: another size than the tensors have or, where they are missing, one beyond them.
     """
     paths = {module: _bare(model, path) for path, module in model.named_modules()}
-    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    filled = [tensor for tensor in tensors.values() if tensor.numel()]
+    largest = max((size for tensor in filled for size in tensor.shape), default=0)
     hidden_size = model.config.hidden_size
     for layer in model.model_adapters.layers:
         if not config.match(layer.layer_idx, layer.location):
@@ -924,8 +925,9 @@ def _static_label2id(
 
 def _check_head_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse a head that is larger than its tensors: before memory is taken for it."""
-    rows = max((t.shape[0] for t in tensors.values() if t.dim()), default=0)
-    for key, largest in (("layers", len(tensors)), ("num_labels", rows)):
+    filled = [t for t in tensors.values() if t.dim() and t.numel()]
+    rows = max((t.shape[0] for t in filled), default=0)
+    for key, largest in (("layers", len(filled)), ("num_labels", rows)):
         size = config.get(key)
         if isinstance(size, int) and size > largest:
             raise ValueError(

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -690,18 +691,60 @@ def test_dtypes(model, tmp_path):
     edit(tmp_path, lambda tensors: tensors.update({first(tensors): torch.ones(4).int()}))
     with unchanged(model), pytest.raises(ValueError, match="floating-point.*int32"):
         files.load_adapter(model, tmp_path, load_as="new")
-    for tensor in (torch.ones(4).to_sparse(), torch.empty(4, device="meta")):
-        files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
-        path = tmp_path / ADAPTER_FILES.pickle
-        tensors = torch.load(path)
-        torch.save({**tensors, first(tensors): tensor}, path)
-        with unchanged(model), pytest.raises(ValueError, match="expected dense.*(sparse|meta)"):
-            files.load_adapter(model, tmp_path, load_as="new")
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         files.save_adapter(model, tmp_path, "a", with_head=False)
         edit(tmp_path, lambda t, d=dtype: t.update({k: v.to(d) for k, v in t.items()}))
         files.load_adapter(model, tmp_path, load_as=f"as_{str(dtype)[6:]}")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+WITHOUT_VALUES = {
+    "sparse": torch.ones(4).to_sparse(),
+    "meta": torch.empty(4, device="meta"),
+    "expanded": torch.zeros(1).expand(4),
+    "overlapping": torch.zeros(5).unfold(0, 4, 1),
+    "nested": torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("tensor", WITHOUT_VALUES.values(), ids=WITHOUT_VALUES)
+@pytest.mark.parametrize("is_extra", [True, False], ids=["extra", "own"])
+def test_tensors_without_their_values(model, tmp_path, is_extra, tensor):
+    files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
+    path = tmp_path / ADAPTER_FILES.pickle
+    tensors = torch.load(path)
+    torch.save({**tensors, "extra" if is_extra else first(tensors): tensor}, path)
+    expected = rf"{path.name}: expected dense tensors .*(extra|\.a\.)"
+    with unchanged(model), pytest.raises(ValueError, match=expected):
+        files.load_adapter(model, tmp_path, load_as="new", strict=False)
+
+
+def test_small_files_of_large_tensors(monkeypatch, model, tmp_path):
+    """Expanded, compressed or empty, they are refused before memory is taken for a head."""
+    model.add_classification_head("h", layers=1)
+    files.save_head(model, tmp_path, "h", use_safetensors=False)
+    rewrite(tmp_path, HEAD_FILES, num_labels=10**6, label2id=None)
+    path = tmp_path / HEAD_FILES.pickle
+    sizes = {"heads.h.1.weight": (10**6, 32), "heads.h.1.bias": (10**6,)}
+    monkeypatch.setattr(torch.nn, "Linear", None)
+
+    torch.save({key: torch.zeros(1).expand(size) for key, size in sizes.items()}, path)
+    with unchanged(model), pytest.raises(ValueError, match=f"{path.name}: expected dense tensors"):
+        files.load_head(model, tmp_path)
+
+    torch.save({key: torch.zeros(size, dtype=torch.bool) for key, size in sizes.items()}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 10**5
+    with unchanged(model), pytest.raises(ValueError, match=f"{path.name}: expected dense tensors"):
+        files.load_head(model, tmp_path)
+
+    torch.save({"heads.h.1.weight": torch.zeros(10**6, 0), "heads.h.1.bias": torch.ones(2)}, path)
+    with unchanged(model), pytest.raises(ValueError, match="head_config.json: .*'num_labels'.* 2,"):
+        files.load_head(model, tmp_path)
 
 
 def test_values_beyond_half_precision(model, tmp_path):
