@@ -186,7 +186,15 @@ class ClassificationHead(PredictionHead):
         self.build_mlp(model, num_labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of `logits` [B, num_labels]: cross-entropy, or squared error for one label."""
+        """Cross-entropy, or the squared error where there is one label.
+
+        Args:
+            logits: [B, num_labels].
+            labels: [B], class numbers, or floats for the squared error.
+
+        Returns:
+            A scalar, the mean over the rows.
+        """
         if self.config["num_labels"] == 1:
             return F.mse_loss(logits.view(-1), labels.view(-1).to(logits.dtype))
         return F.cross_entropy(logits, labels.view(-1))
@@ -209,6 +217,10 @@ class ClassificationHead(PredictionHead):
             return_dict: return transformers' output class in place of a tuple.
             pooled_output: [B, H], needed with `use_pooler`.
             labels: [B] class numbers; floats [B] for a regression, [B, num_labels] for multi-label.
+
+        Returns:
+            `loss` (None without labels), `logits`, and the base model's hidden states and
+            attentions; as a tuple the loss, if any, the logits and the rest of `outputs`.
 
         Raises:
             ValueError: `use_pooler` and no pooled output.
@@ -235,7 +247,15 @@ class MultiLabelClassificationHead(ClassificationHead):
     head_type = "multilabel_classification"
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean binary cross-entropy of `logits` [B, num_labels]."""
+        """Binary cross-entropy.
+
+        Args:
+            logits: [B, num_labels].
+            labels: [B, num_labels], from 0 to 1.
+
+        Returns:
+            A scalar, the mean over rows and labels.
+        """
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
@@ -566,17 +586,34 @@ class FlexibleHeadsMixin:
         Args:
             head_name: the head; None for the active one.
 
+        Returns:
+            One of `HEAD_TYPES`.
+
         Raises:
             ValueError: there is no head of this name, or none is active.
         """
         return self._head(head_name).head_type
 
     def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
-        """Number -> label of a head; arguments and errors as `head_type`."""
+        """Number -> label of a head.
+
+        Args:
+            head_name: the head; None for the active one.
+
+        Raises:
+            ValueError: there is no head of this name, or none is active.
+        """
         return {i: label for label, i in self._head(head_name).config["label2id"].items()}
 
     def get_labels(self, head_name: str | None = None) -> list[str]:
-        """The labels of a head; arguments and errors as `head_type`."""
+        """The labels of a head.
+
+        Args:
+            head_name: the head; None for the active one.
+
+        Raises:
+            ValueError: there is no head of this name, or none is active.
+        """
         return list(self.get_labels_dict(head_name).values())
 
     def forward_head(
