@@ -43,6 +43,9 @@ HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_mo
 SETUP_FILE = "adapter_setup.json"
 """Beside the directories of a setup's adapters, fusions and heads."""
 
+_HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""owner/name on Hugging Face's hub; a path can look so too."""
+
 _WRITE_ID = "fastfusion_write_id"
 """A key of the written configuration alone, with another value at every write."""
 
@@ -245,7 +248,8 @@ def read_files(
     Raises:
         FileNotFoundError: the directory or one of the two files is missing.
         NotADirectoryError: `directory` is something else.
-        NotImplementedError: `directory` is a URL or an identifier of a hub.
+        NotImplementedError: `directory` does not exist and is a URL or looks like owner/name, a
+            hub's identifier.
         ValueError: a file is damaged, of another kind, a pickle of more than tensors, or one of
             tensors without their values.
     """
@@ -291,7 +295,7 @@ def _existing_directory(directory: str | os.PathLike, argument: str) -> Path:
     if path.exists():
         raise NotADirectoryError(f"{argument}: expected a directory; {str(path)!r} is a file")
     text = os.fspath(directory)
-    if "://" in text or "@" in text:
+    if "://" in text or "@" in text or _HUB_IDENTIFIER.fullmatch(text):
         raise NotImplementedError(
             f"{argument}: {text!r} is not a directory here, and loading from URLs and hubs is not "
             "supported yet; download it and give the directory"

@@ -25,7 +25,6 @@ from .serialization import (
     FORMAT_VERSION,
     LIBRARY_VERSION,
     checked_field,
-    fusion_modules,
     has_static_head,
     load_adapter,
     load_adapter_fusion,
@@ -253,7 +252,7 @@ def _all_or_nothing(
     kept = {key: tensor.clone() for key, tensor in kept.items()}
     temperatures = {}
     for name in fusions:
-        for module in fusion_modules(model, name).values():
+        for _, module in model.model_adapters.fusion_modules(name):
             module.settle_temperature()
             temperatures[module] = module.temperature
     labels = model.config.label2id, model.config.id2label
