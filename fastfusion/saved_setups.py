@@ -223,13 +223,13 @@ def _head_setup_of_file(model: nn.Module, head_setup: Any, source: str) -> HeadS
 
 def _read_setup(saved: Mapping[str, Any], key: str, source: str) -> AdapterCompositionBlock:
     try:
-        setup = parse_composition(AdapterCompositionBlock.from_dict(saved[key]))
+        setup = parse_composition(AdapterCompositionBlock.from_dict(saved.get(key)))
         names = [block.name for block in (setup, *setup) if isinstance(block, Fuse)]
         if all(isinstance(name, str) for name in names):
             return setup
         reason = "a Fuse whose name is no text"
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+    except (RecursionError, ValueError) as error:
+        reason = str(error)[:200]
     raise ValueError(
         f"{source}: expected a setup under {key!r}, in the form of `to_dict` ({reason}); "
         f"got {str(saved.get(key))[:200]}"
