@@ -109,13 +109,24 @@ class AdapterCompositionBlock:
             data: what it returned, or a part of it.
 
         Raises:
-            ValueError: an unknown block type, or arguments that the block does not take.
+            ValueError: something else, an unknown block type, or arguments that the block does not
+                take.
         """
+        types = {"type": str, "children": list, "kwargs": dict}
+        given = {"kwargs": {}, **data} if isinstance(data, dict) else {}
+        if not all(isinstance(given.get(key), kind) for key, kind in types.items()):
+            raise ValueError(
+                "data: expected a dictionary with a string 'type', a list 'children' and, if any, "
+                f"a dictionary 'kwargs'; got {data!r}"
+            )
+        children = data["children"]
         if data["type"] == "single":
-            return data["children"][0]
+            if len(children) != 1 or not isinstance(children[0], str):
+                raise ValueError(f"children: expected one name in a single; got {children!r}")
+            return children[0]
         for block in _ALLOWED_CHILDREN:
             if block.__name__ == data["type"]:
-                return block._from_data([cls.from_dict(child) for child in data["children"]], data)
+                return block._from_data([cls.from_dict(child) for child in children], data)
         known = ", ".join(block.__name__ for block in _ALLOWED_CHILDREN)
         raise ValueError(f"type: expected single or one of {known}; got {data['type']!r}")
 
@@ -146,14 +157,18 @@ class Fuse(AdapterCompositionBlock):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """The fusion's name, where it has one of its own."""
         return {"name": self._name}
 
     @property
     def name(self) -> str:
         """The fusion layer's name."""
-        if self._name is not None:
-            return self._name
-        return ",".join(child if isinstance(child, str) else child.last() for child in self)
+        return ",".join(self.adapter_names) if self._name is None else self._name
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters that are fused: the last one of each child."""
+        return [child if isinstance(child, str) else child.last() for child in self]
 
 
 def _sizes(kind: str, argument: str, sizes: Sequence[int] | int, count: int) -> list[int]:
@@ -204,6 +219,7 @@ class Split(AdapterCompositionBlock):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """`splits` and `split_index`, one of them None."""
         return {"splits": self.splits, "split_index": self.split_index}
 
 
@@ -225,6 +241,7 @@ class BatchSplit(AdapterCompositionBlock):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """`batch_sizes`, one for each child."""
         return {"batch_sizes": self.batch_sizes}
 
 
@@ -278,11 +295,13 @@ class Average(AdapterCompositionBlock):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """The weights as they are used, and `peer_scaling` where it is set."""
         return {"weights": self.weights, "normalize_weights": False} | (
             {"peer_scaling": True} if self.peer_scaling else {}
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """As for other blocks, with `peer_scaling` as a key of its own."""
         data = super().to_dict()
         # beside the arguments, where adapters does not look
         data["peer_scaling"] = data["kwargs"].pop("peer_scaling", False)
@@ -308,7 +327,11 @@ def _note_peer_scaling() -> None:
 
 
 def blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
-    """A setup's blocks, from the outermost on."""
+    """A setup's blocks, from the outermost on.
+
+    Args:
+        setup: a name, which is no block, a block, or None.
+    """
     if isinstance(setup, AdapterCompositionBlock):
         yield setup
         for child in setup:
@@ -316,8 +339,34 @@ def blocks(setup: Setup | None) -> Iterator[AdapterCompositionBlock]:
 
 
 def fuses(setup: Setup | None) -> Iterator[Fuse]:
-    """A setup's Fuses."""
+    """A setup's Fuses.
+
+    Args:
+        setup: as in `blocks`.
+    """
     return (block for block in blocks(setup) if isinstance(block, Fuse))
+
+
+def fused_names(fusion: Fuse | Sequence[str] | str) -> list[str]:
+    """The adapters of a fusion.
+
+    Args:
+        fusion: a Fuse, the adapters' names, or these joined by commas.
+    """
+    if isinstance(fusion, Fuse):
+        return fusion.adapter_names
+    return fusion.split(",") if isinstance(fusion, str) else list(fusion)
+
+
+def fusion_name(fusion: Fuse | Sequence[str] | str) -> str:
+    """The name of a fusion.
+
+    Args:
+        fusion: a Fuse, its adapters' names, or the name itself.
+    """
+    if isinstance(fusion, str):
+        return fusion
+    return fusion.name if isinstance(fusion, Fuse) else ",".join(fusion)
 
 
 _ALLOWED_CHILDREN: dict[type, tuple[type, ...]] = {

@@ -110,6 +110,9 @@ class AdapterConfig(Mapping):
         Args:
             changes: field -> value; other names become extra attributes.
 
+        Returns:
+            The new one; this one stays as it is.
+
         Raises:
             ValueError: a value is not valid.
         """
@@ -121,6 +124,9 @@ class AdapterConfig(Mapping):
 
         Args:
             config: field -> value; fields with a default may be missing.
+
+        Returns:
+            A configuration of this class.
 
         Raises:
             ValueError: a required key is missing or a value is not valid.
@@ -147,6 +153,9 @@ class AdapterConfig(Mapping):
                 file (such as adapter_config.json), a string `name[key=value, ...]`, or None for
                 "seq_bn".
             overrides: values to change; None leaves a value as it is.
+
+        Returns:
+            The configuration; `config` itself where it is one and nothing changes.
 
         Raises:
             NotImplementedError: the method is not a bottleneck adapter, or several are joined.
@@ -230,6 +239,9 @@ def get_adapter_config_hash(config: Mapping[str, Any], length: int = 16) -> str:
     Args:
         config: the configuration, of an adapter or a fusion.
         length: hexadecimal digits, at most 40.
+
+    Returns:
+        The identifier, `length` characters.
     """
 
     def minimize(value: Any) -> Any:
@@ -391,11 +403,14 @@ class BnConfig(AdapterConfig):
         return super().from_dict(config)
 
     def bottleneck_size(self, hidden_size: int, layer_idx: int) -> int:
-        """The bottleneck size `d` at one layer, at least 1.
+        """The bottleneck size `d` at one layer.
 
         Args:
             hidden_size: the model's `H`.
             layer_idx: the layer's number.
+
+        Returns:
+            `hidden_size // factor` with the layer's factor, at least 1.
 
         Raises:
             ValueError: `reduction_factor` is a mapping with neither this layer nor "default".
@@ -416,6 +431,9 @@ class BnConfig(AdapterConfig):
         Args:
             layer_idx: the layer's number.
             location: one of `LOCATIONS`.
+
+        Returns:
+            True where its locations have it and `leave_out` does not name the layer.
 
         Raises:
             ValueError: another location.
@@ -607,6 +625,9 @@ class AdapterFusionConfig(AdapterConfig):
                 as adapter_fusion_config.json), a string `name[key=value, ...]`, or None for
                 "dynamic".
             overrides: values to change.
+
+        Returns:
+            The configuration; `config` itself where it is one and nothing changes.
 
         Raises:
             ValueError: nothing is known under this specifier, or a value is not valid.

@@ -43,6 +43,9 @@ HEAD_FILES = FileNames("head_config.json", "model_head.safetensors", "pytorch_mo
 SETUP_FILE = "adapter_setup.json"
 """Beside the directories of a setup's adapters, fusions and heads."""
 
+_HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""owner/name on Hugging Face's hub; a path can look so too."""
+
 _WRITE_ID = "fastfusion_write_id"
 """A key of the written configuration alone, with another value at every write."""
 
@@ -245,8 +248,10 @@ def read_files(
     Raises:
         FileNotFoundError: the directory or one of the two files is missing.
         NotADirectoryError: `directory` is something else.
-        NotImplementedError: `directory` is a URL or an identifier of a hub.
-        ValueError: a file is damaged, of another kind, or a pickle of more than tensors.
+        NotImplementedError: `directory` does not exist and is a URL or looks like owner/name, a
+            hub's identifier.
+        ValueError: a file is damaged, of another kind, a pickle of more than tensors, or one of
+            tensors without their values.
     """
     directory = _existing_directory(directory, argument)
     config, data = _read_config(directory, files.config, argument)
@@ -290,7 +295,7 @@ def _existing_directory(directory: str | os.PathLike, argument: str) -> Path:
     if path.exists():
         raise NotADirectoryError(f"{argument}: expected a directory; {str(path)!r} is a file")
     text = os.fspath(directory)
-    if "://" in text or "@" in text:
+    if "://" in text or "@" in text or _HUB_IDENTIFIER.fullmatch(text):
         raise NotImplementedError(
             f"{argument}: {text!r} is not a directory here, and loading from URLs and hubs is not "
             "supported yet; download it and give the directory"
@@ -321,4 +326,15 @@ def _read_tensors(path: Path, is_pickle: bool) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
     ):
         raise ValueError(f"{path}: expected a dictionary of tensors; got {type(tensors).__name__}")
+    for key, tensor in tensors.items():
+        # a pickle may name shapes without the values: they would take memory in whoever copies them
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            kind = f"{tensor.layout}, {tensor.device}"
+        elif tensor.nbytes > min(tensor.untyped_storage().nbytes(), len(data)):
+            kind = f"{tensor.nbytes} bytes, of which the file has fewer"
+        else:
+            continue
+        raise ValueError(
+            f"{path}: expected dense tensors with all their values; got {key} ({kind})"
+        )
     return tensors

@@ -22,6 +22,7 @@ from .heads import FlexibleHeadsMixin, HeadRows, Heads, consecutive_rows, head_n
 from .model import ModelAdaptersMixin, init
 from .patching import ARCHITECTURES, architecture_of
 from .rows import BASE, can_look_at, input_shape
+from .serialization import actual_config
 
 
 class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
@@ -258,7 +259,9 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             save_directory: where to write.
             kwargs: further arguments of transformers' method.
         """
-        self.config.adapters = self.adapters_config.to_dict()
+        record = copy.copy(self.adapters_config)
+        record.adapters = {name: actual_config(self, name) for name in record.adapters}
+        self.config.adapters = record.to_dict()
         # our own key, which adapters ignores: one value, the fusion's modules cool down together
         self.config.adapters["fusion_temperatures"] = temperatures = {}
         for name in self.adapters_config.fusions:

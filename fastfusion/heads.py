@@ -59,19 +59,31 @@ def _int_above_0(argument: str, value: Any) -> int:
     return int(value)  # numpy's integers too, which JSON does not know
 
 
-def _label2id(argument: str, given: Any) -> dict[Any, int]:
-    """`id2label` or `label2id` as label -> number; numbers may be strings, as JSON's keys are."""
+def checked_label2id(argument: str, given: Any) -> dict[str, int]:
+    """Labels with their numbers as label -> number.
+
+    Args:
+        argument: "id2label" for number -> label, "label2id" for label -> number.
+        given: such a mapping. Numbers may be strings, as JSON's keys are; a label that is an int
+            becomes the string that JSON makes of it.
+
+    Raises:
+        ValueError: something else, equal labels, or numbers other than 0, 1, 2, ...
+    """
     try:
         pairs = list(given.items())
         if argument == "id2label":
             pairs = [(label, i) for i, label in pairs]
-        label2id = {label: int(i) for label, i in pairs}
-        is_numbered = sorted(float(i) for _, i in pairs) == list(range(len(label2id)))
+        label2id = {str(label): int(i) for label, i in pairs}
+        is_valid = sorted(float(i) for _, i in pairs) == list(range(len(label2id))) and all(
+            isinstance(label, (str, Integral)) and not isinstance(label, bool) for label, _ in pairs
+        )
     except (AttributeError, TypeError, ValueError, OverflowError):
-        is_numbered = False
-    if not is_numbered:
+        is_valid = False
+    if not is_valid:
         raise ValueError(
-            f"{argument}: expected different labels with the numbers 0, 1, 2, ...; got {given!r}"
+            f"{argument}: expected different labels, strings or ints, with the numbers 0, 1, 2, "
+            f"...; got {given!r}"
         )
     return label2id
 
@@ -126,8 +138,8 @@ class ClassificationHead(PredictionHead):
         num_labels: size of the output; 1 is a regression.
         layers: linear layers; all but the last are `hidden_size` wide.
         activation_function: between the layers; None for none.
-        id2label: number -> label, one for each number from 0 to `num_labels - 1`; None or empty:
-            LABEL_0, LABEL_1, ...
+        id2label: number -> label, one for each number from 0 to `num_labels - 1`; an int as a label
+            is kept as a string, as files have it. None or empty: LABEL_0, LABEL_1, ...
         use_pooler: read the model's pooled output in place of the first token.
         bias: whether the last layer has a bias.
         dropout_prob: by default the model's for classifiers (`classifier_dropout`), then for hidden
@@ -152,7 +164,7 @@ class ClassificationHead(PredictionHead):
         dropout_prob: float | None = None,
     ) -> None:
         num_labels = _int_above_0("num_labels", num_labels)
-        label2id = {} if id2label is None else _label2id("id2label", id2label)
+        label2id = {} if id2label is None else checked_label2id("id2label", id2label)
         label2id = label2id or {f"LABEL_{i}": i for i in range(num_labels)}
         if len(label2id) != num_labels:
             raise ValueError(
@@ -174,7 +186,15 @@ class ClassificationHead(PredictionHead):
         self.build_mlp(model, num_labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of `logits` [B, num_labels]: cross-entropy, or squared error for one label."""
+        """Cross-entropy, or the squared error where there is one label.
+
+        Args:
+            logits: [B, num_labels].
+            labels: [B], class numbers, or floats for the squared error.
+
+        Returns:
+            A scalar, the mean over the rows.
+        """
         if self.config["num_labels"] == 1:
             return F.mse_loss(logits.view(-1), labels.view(-1).to(logits.dtype))
         return F.cross_entropy(logits, labels.view(-1))
@@ -197,6 +217,10 @@ class ClassificationHead(PredictionHead):
             return_dict: return transformers' output class in place of a tuple.
             pooled_output: [B, H], needed with `use_pooler`.
             labels: [B] class numbers; floats [B] for a regression, [B, num_labels] for multi-label.
+
+        Returns:
+            `loss` (None without labels), `logits`, and the base model's hidden states and
+            attentions; as a tuple the loss, if any, the logits and the rest of `outputs`.
 
         Raises:
             ValueError: `use_pooler` and no pooled output.
@@ -223,7 +247,15 @@ class MultiLabelClassificationHead(ClassificationHead):
     head_type = "multilabel_classification"
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean binary cross-entropy of `logits` [B, num_labels]."""
+        """Binary cross-entropy.
+
+        Args:
+            logits: [B, num_labels].
+            labels: [B, num_labels], from 0 to 1.
+
+        Returns:
+            A scalar, the mean over rows and labels.
+        """
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
@@ -259,10 +291,10 @@ def head_from_config(model: nn.Module, name: str, config: Mapping[str, Any]) -> 
         )
     label2id = arguments.pop("label2id", None)
     if arguments.get("id2label") is None and label2id is not None:
-        label2id = _label2id("label2id", label2id)
+        id2label = {i: label for label, i in checked_label2id("label2id", label2id).items()}
         # adapters writes two labels for a regression that it converts from transformers' head
-        count = _int_above_0("num_labels", arguments.get("num_labels", len(label2id) or 1))
-        arguments["id2label"] = {i: label for label, i in label2id.items() if i < count}
+        is_regression = id2label and arguments.get("num_labels") == 1
+        arguments["id2label"] = {0: id2label[0]} if is_regression else id2label
     try:
         return HEAD_TYPES[head_type](model, name, **arguments)
     except TypeError as error:
@@ -554,17 +586,34 @@ class FlexibleHeadsMixin:
         Args:
             head_name: the head; None for the active one.
 
+        Returns:
+            One of `HEAD_TYPES`.
+
         Raises:
             ValueError: there is no head of this name, or none is active.
         """
         return self._head(head_name).head_type
 
     def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
-        """Number -> label of a head; arguments and errors as `head_type`."""
+        """Number -> label of a head.
+
+        Args:
+            head_name: the head; None for the active one.
+
+        Raises:
+            ValueError: there is no head of this name, or none is active.
+        """
         return {i: label for label, i in self._head(head_name).config["label2id"].items()}
 
     def get_labels(self, head_name: str | None = None) -> list[str]:
-        """The labels of a head; arguments and errors as `head_type`."""
+        """The labels of a head.
+
+        Args:
+            head_name: the head; None for the active one.
+
+        Raises:
+            ValueError: there is no head of this name, or none is active.
+        """
         return list(self.get_labels_dict(head_name).values())
 
     def forward_head(

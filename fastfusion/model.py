@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, rows, saved_setups, serialization
-from .composition import AdapterCompositionBlock, Fuse, Split, blocks, fuses, parse_composition
+from .composition import (
+    AdapterCompositionBlock,
+    Fuse,
+    Split,
+    blocks,
+    fused_names,
+    fuses,
+    fusion_name,
+    parse_composition,
+)
 from .configuration import (
     LOCATIONS,
     AdapterConfig,
@@ -148,9 +157,9 @@ class ModelAdaptersMixin:
                 f"adapter_name: an adapter {adapter_name!r} exists; pass overwrite_ok=True to "
                 "replace it"
             )
-        for fusion_name, names in self.adapters_config.fusion_names.items():
+        for fusion, names in self.adapters_config.fusion_names.items():
             if adapter_name in names:
-                self._check_locations(names, {adapter_name: config}, f"config (in {fusion_name!r})")
+                self._check_locations(names, {adapter_name: config}, f"config (in {fusion!r})")
         hidden_size = self.config.hidden_size
         new = []
         for layer in self.model_adapters.layers:
@@ -228,7 +237,7 @@ class ModelAdaptersMixin:
             ValueError: unknown adapters, a name that is taken, or adapters that sit at different
                 locations.
         """
-        names, name = _fusion_names(adapter_names, name)
+        names, name = fused_names(adapter_names), name or fusion_name(adapter_names)
         check_module_name(name, "name")
         config = AdapterFusionConfig.load(config)
         for adapter_name in names:
@@ -298,7 +307,7 @@ class ModelAdaptersMixin:
         self.model_adapters.update_plans()
 
     def _fusion_name(self, adapter_names: Fuse | Sequence[str] | str) -> str:
-        name = adapter_names if isinstance(adapter_names, str) else _fusion_names(adapter_names)[1]
+        name = fusion_name(adapter_names)
         if name not in self.adapters_config.fusions:
             known = ", ".join(map(repr, self.adapters_config.fusions)) or "none"
             raise ValueError(
@@ -701,17 +710,6 @@ def _cached_tokens(
         # keys [B, heads, S, d] first in each layer's entry; transformers 4 still takes these
         return cache[0][0].shape[2] if cache else 0
     return int(cache.get_seq_length())
-
-
-def _fusion_names(
-    adapter_names: Fuse | Sequence[str] | str, name: str | None = None
-) -> tuple[list[str], str]:
-    """The names of a fusion's adapters, and its own."""
-    if isinstance(adapter_names, Fuse):
-        names = [child if isinstance(child, str) else child.last() for child in adapter_names]
-        return names, name or adapter_names.name
-    names = adapter_names.split(",") if isinstance(adapter_names, str) else list(adapter_names)
-    return names, name or ",".join(names)
 
 
 @functools.cache

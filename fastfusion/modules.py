@@ -6,6 +6,8 @@ State-dict keys are those of `adapters`: `adapters.<name>.adapter_down.0.weight`
 
 import math
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +48,20 @@ _INITIALIZERS: dict[str, tuple[Callable, Callable]] = {
 """init_weights -> how down and up start (He et al. 2022; Houlsby et al. 2019)."""
 
 
-def _weights(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    """The weight and bias of a projection, without the cost of attribute lookup where possible."""
-    parameters = linear._parameters
+def _weights(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> tuple[Tensor, Tensor]:
+    """The weight and bias of a projection or norm, without attribute lookup where possible."""
+    parameters = module._parameters
     try:
         return parameters["weight"], parameters["bias"]
     except KeyError:
         # torch.nn.utils.parametrize keeps the class and computes the weight at every access; a
         # wrapper or a pre-hook would compute it in a forward that is never called here
-        if isinstance(linear, nn.Linear) and not linear._forward_pre_hooks:
-            return linear.weight, linear.bias
+        if isinstance(module, kind) and not module._forward_pre_hooks:
+            return module.weight, module.bias
         raise TypeError(
-            "adapters: expected every projection to be a torch.nn.Linear without pre-hooks; got "
-            f"{type(linear).__module__}.{type(linear).__qualname__}"
+            "adapters: expected every projection to be a torch.nn.Linear, and every norm a "
+            "torch.nn.LayerNorm, without pre-hooks; got "
+            f"{type(module).__module__}.{type(module).__qualname__}"
         ) from None
 
 
@@ -69,7 +72,6 @@ class Adapter(nn.Module):
         config: its config.
         hidden_size: H.
         bottleneck_size: d.
-
     """
 
     def __init__(self, config: BnConfig, hidden_size: int, bottleneck_size: int):
@@ -102,6 +104,18 @@ class Adapter(nn.Module):
             self.gate = nn.Linear(hidden_size, 1)
             _init_bert(self.gate)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # packed weights and files take a scaling for a number where the config has one
+        if name == "scaling" and self.config["scaling"] not in ("learned", "channel"):
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(
+                    f"scaling: expected a number, as the config has one; got {value!r} (a config "
+                    'with scaling="learned" or "channel" has a parameter)'
+                )
+            if not math.isfinite(value):
+                raise ValueError(f"scaling: expected a finite number; got {value!r}")
+        super().__setattr__(name, value)
+
     def bottleneck(self) -> Bottleneck:
         """The parameters that make the scaled up-projection."""
         down, up = self.adapter_down[-1], self.adapter_up
@@ -121,17 +135,17 @@ class Adapter(nn.Module):
         """The tensors of `bottleneck()`, in its order: what a forward looks at every time.
 
         Raises:
-            TypeError: a projection was replaced by something that is not a `torch.nn.Linear`.
+            TypeError: a projection was replaced by something that is not a `torch.nn.Linear`, or a
+                norm by something that is not a `torch.nn.LayerNorm`.
         """
         modules = self._modules
         down, up = modules["adapter_down"]._modules, modules["adapter_up"]
         has_norm = len(down) == 2
         tensors = [*_weights(down["1" if has_norm else "0"]), *_weights(up)]
-        if "scaling" in self._parameters:
-            tensors.append(self._parameters["scaling"])
+        if "scaling" not in self.__dict__:
+            tensors.append(self.scaling)
         if has_norm:
-            norm = down["0"]._parameters
-            tensors += [norm["weight"], norm["bias"]]
+            tensors += _weights(down["0"], nn.LayerNorm)
         return tensors
 
     def is_plain(self) -> bool:
@@ -251,6 +265,14 @@ class NamedModules(nn.ModuleDict):
         self._on_change = on_change
 
     def train(self, mode: bool = True):
+        """torch's `train`, reported.
+
+        Args:
+            mode: training, or evaluation.
+
+        Returns:
+            The modules themselves.
+        """
         self._on_change()
         return super().train(mode)
 

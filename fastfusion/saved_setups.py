@@ -25,7 +25,6 @@ from .serialization import (
     FORMAT_VERSION,
     LIBRARY_VERSION,
     checked_field,
-    fusion_modules,
     has_static_head,
     load_adapter,
     load_adapter_fusion,
@@ -224,13 +223,13 @@ def _head_setup_of_file(model: nn.Module, head_setup: Any, source: str) -> HeadS
 
 def _read_setup(saved: Mapping[str, Any], key: str, source: str) -> AdapterCompositionBlock:
     try:
-        setup = parse_composition(AdapterCompositionBlock.from_dict(saved[key]))
+        setup = parse_composition(AdapterCompositionBlock.from_dict(saved.get(key)))
         names = [block.name for block in (setup, *setup) if isinstance(block, Fuse)]
         if all(isinstance(name, str) for name in names):
             return setup
         reason = "a Fuse whose name is no text"
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+    except (RecursionError, ValueError) as error:
+        reason = str(error)[:200]
     raise ValueError(
         f"{source}: expected a setup under {key!r}, in the form of `to_dict` ({reason}); "
         f"got {str(saved.get(key))[:200]}"
@@ -253,7 +252,7 @@ def _all_or_nothing(
     kept = {key: tensor.clone() for key, tensor in kept.items()}
     temperatures = {}
     for name in fusions:
-        for module in fusion_modules(model, name).values():
+        for _, module in model.model_adapters.fusion_modules(name):
             module.settle_temperature()
             temperatures[module] = module.temperature
     labels = model.config.label2id, model.config.id2label

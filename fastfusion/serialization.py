@@ -15,17 +15,16 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .composition import (
-    Fuse,
-)
+from .composition import Fuse, fusion_name
 from .configuration import (
     AdapterConfig,
     AdapterFusionConfig,
@@ -39,8 +38,8 @@ from .files import (
     read_files,
     write_files,
 )
-from .heads import PredictionHead, head_from_config
-from .modules import check_module_name
+from .heads import PredictionHead, checked_label2id, head_from_config
+from .modules import AdapterFusion, check_module_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def _name_index(parts: Sequence[str], kind: str) -> int | None:
     return None
 
 
-def select(state: Mapping[str, Tensor], kind: str, name: str) -> dict[str, Tensor]:
+def select(state: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
     """The entries of a state dict that belong to one "adapter", "fusion" or "head"."""
     selected = {}
     for key, tensor in state.items():
@@ -116,6 +115,48 @@ def _bare(model: nn.Module, key: str) -> str:
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, with the keys that it has where nothing is compiled."""
     return {key.replace("_orig_mod.", ""): t for key, t in model.state_dict().items()}
+
+
+def _parametrized(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Path, module and attribute of every parameter that a parametrization of torch computes."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        if is_parametrized(part):
+            for name in part.parametrizations:
+                yield path, part, name
+
+
+def _computed(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of a state dict, with what parametrizations compute in place of what they keep."""
+    state = dict(state)
+    for path, part, name in _parametrized(module):
+        prefix = f"{path}.parametrizations.{name}.".replace("_orig_mod.", "")
+        kept = [key for key in state if key.replace("_orig_mod.", "").startswith(prefix)]
+        if kept:
+            state[kept[0].partition(".parametrizations.")[0] + f".{name}"] = getattr(part, name)
+        for key in kept:
+            del state[key]
+    return state
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a module; a parameter that is computed is set by its parametrization."""
+    tensors = dict(tensors)
+    for path, part, name in _parametrized(module):
+        if (value := tensors.pop(f"{path}.{name}", None)) is not None:
+            setattr(part, name, value.to(getattr(part, name)))
+    module.load_state_dict(tensors, strict=False)
+
+
+def _check_assignable(module: nn.Module, keys: Iterable[str], source: str) -> None:
+    """Raise a ValueError where a parametrization cannot be set to what a file has."""
+    for path, part, name in _parametrized(module):
+        if f"{path}.{name}" in keys and not all(
+            hasattr(step, "right_inverse") for step in part.parametrizations[name]
+        ):
+            raise ValueError(
+                f"{source}: {path}.{name} has a parametrization without right_inverse; expected "
+                "one that can be set"
+            )
 
 
 def has_static_head(model: nn.Module) -> bool:
@@ -191,12 +232,12 @@ def _match(
     if shapes:
         raise ValueError(f"{source}: shapes differ: {'; '.join(sorted(shapes)[:20])}")
     wrong = [
-        f"{key} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+        f"{key} ({tensor.dtype})"
         for key, tensor in fitting.items()
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
+        if not tensor.is_floating_point()
     ]
     if wrong:
-        raise ValueError(f"{source}: expected dense floating-point tensors; got {_listing(wrong)}")
+        raise ValueError(f"{source}: expected floating-point tensors; got {_listing(wrong)}")
     overflowing = [
         f"{key} ({expected[key].dtype})"
         for key, tensor in fitting.items()
@@ -257,6 +298,27 @@ def _full_config(model: nn.Module, meta_dict: Mapping[str, Any] | None, **keys: 
     }
 
 
+def actual_config(model: nn.Module, adapter_name: str) -> BnConfig:
+    """An adapter's configuration, with the scaling that its modules were given since.
+
+    Args:
+        model: a patched model.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: not all of its modules have the same.
+    """
+    config = model.adapters_config.adapters[adapter_name]
+    modules = [module for _, module in model.model_adapters.modules(adapter_name)]
+    scalings = {float(module.scaling) for module in modules if "scaling" in module.__dict__}
+    if len(scalings) > 1:
+        raise ValueError(
+            f"scaling: expected one number for all places of adapter {adapter_name!r}, as its "
+            f"configuration has one; got {sorted(scalings)}"
+        )
+    return config.replace(scaling=scalings.pop()) if scalings - {config["scaling"]} else config
+
+
 def save_adapter(
     model: nn.Module,
     save_directory: str | os.PathLike,
@@ -279,7 +341,8 @@ def save_adapter(
 
     Raises:
         NotADirectoryError: `save_directory` is something else.
-        ValueError: the model has no adapter of this name.
+        ValueError: the model has no adapter of this name, or its scaling was set to another number
+            at some places.
     """
     configs = model.adapters_config.adapters
     if adapter_name not in configs:
@@ -287,9 +350,9 @@ def save_adapter(
             f"adapter_name: expected one of the model's adapters {list(configs)}; "
             f"got {adapter_name!r}"
         )
-    values = configs[adapter_name].to_dict()
+    values = actual_config(model, adapter_name).to_dict()
     config = _full_config(model, meta_dict, name=adapter_name, config=values)
-    tensors = select(_state(model), "adapter", adapter_name)
+    tensors = _computed(model, select(_state(model), "adapter", adapter_name))
     write_files(save_directory, ADAPTER_FILES, config, tensors, use_safetensors, "save_directory")
     if with_head and (has_static_head(model) or adapter_name in getattr(model, "heads", ())):
         save_head(model, save_directory, adapter_name, use_safetensors=use_safetensors)
@@ -307,9 +370,10 @@ def save_all_adapters(
 
     Raises:
         NotADirectoryError: a name's directory is something else.
-        ValueError: a name cannot be that of a directory; nothing is written then.
+        ValueError: a name cannot be that of a directory, or an adapter's scaling was set to another
+            number at some places; nothing is written then.
     """
-    configs = model.adapters_config.adapters
+    configs = {name: actual_config(model, name) for name in model.adapters_config.adapters}
     targets = {name: subdirectory(save_directory, name) for name in configs}
     for name, target in targets.items():
         meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(configs[name])}
@@ -377,8 +441,9 @@ def load_adapter(
             model, adapter_name_or_path, load_as, use_safetensors, id2label, strict, argument
         )
 
+    existing = actual_config(model, name) if name in model.adapters_config.adapters else None
     is_new = _add_or_compare(
-        name, adapter_config, model.adapters_config.adapters, source,
+        name, adapter_config, existing, source,
         lambda: model.add_adapter(name, config=adapter_config),
     )  # fmt: skip
     try:
@@ -427,7 +492,8 @@ def _check_bottlenecks(
         ValueError: another size than the tensors have or, where they are missing, one beyond them.
     """
     paths = {module: _bare(model, path) for path, module in model.named_modules()}
-    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    filled = [tensor for tensor in tensors.values() if tensor.numel()]
+    largest = max((size for tensor in filled for size in tensor.shape), default=0)
     hidden_size = model.config.hidden_size
     for layer in model.model_adapters.layers:
         if not config.match(layer.layer_idx, layer.location):
@@ -453,13 +519,13 @@ def _check_bottlenecks(
 
 
 def _add_or_compare(
-    name: str, config: Any, existing: Mapping[str, Any], source: str, add: Callable[[], None]
+    name: str, config: Any, existing: Any, source: str, add: Callable[[], None]
 ) -> bool:
-    """Call `add` for a new name; for one that exists, see that it is the same thing."""
-    if name not in existing:
+    """Call `add` for a new name; for one with a configuration, see that it is the same."""
+    if existing is None:
         add()
         return True
-    if existing[name] != config:
+    if existing != config:
         raise ValueError(
             f"{source}: the model's {name!r} has another configuration; pass load_as or delete it"
         )
@@ -497,25 +563,20 @@ def _load(
     if saved_type not in (None, model.config.model_type):
         source = f"{source} (written for {saved_type!r}, the model is {model.config.model_type!r})"
     state = model.state_dict()
+    selected = select({_bare(model, key): key for key in state}, kind, name)
+    state = _computed(model, {key: state[key] for key in selected.values()})
     own_keys = {_bare(model, key): key for key in state}
-    expected = select({bare: state[key] for bare, key in own_keys.items()}, kind, name)
+    expected = {bare: state[key] for bare, key in own_keys.items()}
     fitting = _match(tensors, expected, strict, source)
-    model.load_state_dict({own_keys[k]: t for k, t in fitting.items()}, strict=False)
+    fitting = {own_keys[key]: tensor for key, tensor in fitting.items()}
+    _check_assignable(model, fitting, source)
+    _assign(model, fitting)
 
 
-def _fusion_name(names: Fuse | Sequence[str] | str) -> str:
-    if isinstance(names, str):
-        return names
-    return names.name if isinstance(names, Fuse) else ",".join(names)
-
-
-def fusion_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+def _fusion_paths(model: nn.Module, name: str) -> dict[str, AdapterFusion]:
     """A fusion's module at every place, by its key without the base model's prefix."""
-    found = {}
-    for path, module in model.named_modules():
-        if path.split(".")[-2:] == ["adapter_fusion_layer", name]:
-            found[_bare(model, path)] = module
-    return found
+    paths = {module: _bare(model, path) for path, module in model.named_modules()}
+    return {paths[module]: module for _, module in model.model_adapters.fusion_modules(name)}
 
 
 def save_adapter_fusion(
@@ -541,7 +602,7 @@ def save_adapter_fusion(
         NotADirectoryError: `save_directory` is something else.
         ValueError: the model has no such fusion, or no such head.
     """
-    name = _fusion_name(adapter_names)
+    name = fusion_name(adapter_names)
     record = model.adapters_config
     if name not in record.fusions:
         known = list(record.fusions)
@@ -559,13 +620,13 @@ def save_adapter_fusion(
         adapter_names=list(record.fusion_names[name]),
     )
     temperatures = {}
-    for path, module in fusion_modules(model, name).items():
+    for path, module in _fusion_paths(model, name).items():
         if module.temperature is not None:
             module.settle_temperature()
             temperatures[path] = module.temperature.item()
     if temperatures:
         config["temperature"] = temperatures
-    tensors = select(_state(model), "fusion", name)
+    tensors = _computed(model, select(_state(model), "fusion", name))
     write_files(save_directory, FUSION_FILES, config, tensors, use_safetensors, "save_directory")
     if head_name:
         save_head(model, save_directory, head_name, use_safetensors=use_safetensors)
@@ -604,7 +665,9 @@ def load_adapter_fusion(
     """Add the fusion layer in a directory to the model, which has its adapters already.
 
     A fusion of the same name, configuration and adapters gets the weights of the files. Everything
-    is checked before the model changes.
+    is checked before the model changes. The fusion finds its adapters by the names that the file
+    lists under "adapter_names": one that was loaded with another `load_as` has to be loaded again
+    under the name that it had when the fusion was saved.
 
     Args:
         model: a patched model.
@@ -662,7 +725,7 @@ def load_adapter_fusion(
 
     own_name = None if name == ",".join(adapter_names) else name
     is_new = _add_or_compare(
-        name, config, record.fusions, source,
+        name, config, record.fusions.get(name), source,
         lambda: model.add_adapter_fusion(adapter_names, config=config, name=own_name),
     )  # fmt: skip
     try:
@@ -671,7 +734,7 @@ def load_adapter_fusion(
         if is_new:
             model.delete_adapter_fusion(name)
         raise
-    for path, module in fusion_modules(model, name).items():
+    for path, module in _fusion_paths(model, name).items():
         if module.temperature is not None:
             module.settle_temperature()  # a step that is still due is not the loaded one's
             start = temperatures.get(path, module.INITIAL_TEMPERATURE)
@@ -741,7 +804,7 @@ def save_head(
         known = list(model.heads)
         raise ValueError(f"head_name: expected one of the model's heads {known}; got {name!r}")
     config = _full_config(model, None, name=name, config=model.heads[name].config)
-    tensors = select(_state(model), "head", name)
+    tensors = _computed(model, select(_state(model), "head", name))
     write_files(save_directory, HEAD_FILES, config, tensors, use_safetensors, "save_directory")
 
 
@@ -821,7 +884,7 @@ class _ReadHead(NamedTuple):
         name = self.head.name
         if name in model.heads and model.heads[name].config == self.head.config:
             # in place: an optimizer may hold the head's parameters
-            model.heads[name].load_state_dict(self.tensors, strict=False)
+            _assign(model.heads[name], self.tensors)
             if set_active:
                 model.active_head = name
             return name
@@ -876,8 +939,8 @@ def _read_head(
     _check_hidden_size(model, saved, source)
 
     if not hasattr(model, "heads"):
-        label2id = _static_label2id(saved, id2label, source)
         tensors = _match(tensors, static_head(model), strict, source)
+        label2id = _static_label2id(model, saved, id2label, source)
         return _ReadHead(model, None, tensors, label2id)
 
     saved_name = checked_field(saved, "name", (str,), source)
@@ -898,30 +961,37 @@ def _read_head(
     expected = {f"heads.{name}.{key}": tensor for key, tensor in head.state_dict().items()}
     tensors = _match(tensors, expected, strict, source)
     own = {key.removeprefix(f"heads.{name}."): tensor for key, tensor in tensors.items()}
+    if name in model.heads:
+        _check_assignable(model.heads[name], own, source)
     return _ReadHead(model, head, own, None)
 
 
 def _static_label2id(
-    saved: Mapping[str, Any], id2label: Mapping[int, str] | None, source: str
+    model: nn.Module, saved: Mapping[str, Any], id2label: Mapping[int, str] | None, source: str
 ) -> dict[str, int] | None:
-    """Label -> number for a class with one head: the user's, or those of the file."""
-    if id2label is not None:
-        return {label: int(i) for i, label in id2label.items()}
-    labels = saved.get("label2id")
+    """Label -> number for a class with one head: the user's, or those of the file, or None."""
+    argument, labels = ("id2label", id2label) if id2label else ("label2id", saved.get("label2id"))
     if not labels:
         return None
     try:
-        return {label: int(i) for label, i in labels.items()}
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        label2id = checked_label2id(argument, labels)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    # not every class has one output for each label
+    num_labels = getattr(model, "num_labels", len(label2id))
+    if len(label2id) != num_labels:
         raise ValueError(
-            f"{source}: expected label -> number under 'label2id'; got {labels!r}"
-        ) from error
+            f"{source}: {argument}: expected {num_labels} labels, as many as the head has outputs; "
+            f"got {list(label2id)}"
+        )
+    return label2id
 
 
 def _check_head_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse a head that is larger than its tensors: before memory is taken for it."""
-    rows = max((t.shape[0] for t in tensors.values() if t.dim()), default=0)
-    for key, largest in (("layers", len(tensors)), ("num_labels", rows)):
+    filled = [t for t in tensors.values() if t.dim() and t.numel()]
+    rows = max((t.shape[0] for t in filled), default=0)
+    for key, largest in (("layers", len(filled)), ("num_labels", rows)):
         size = config.get(key)
         if isinstance(size, int) and size > largest:
             raise ValueError(

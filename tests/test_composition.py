@@ -11,6 +11,8 @@ from fastfusion.composition import (
     Parallel,
     Split,
     Stack,
+    fused_names,
+    fusion_name,
     parse_composition,
 )
 from fastfusion.lowering import Branch, Stage, lower
@@ -91,6 +93,30 @@ def test_what_parsing_takes():
         (lambda: parse_composition(Fuse(Stack("a", Fuse("b", "c")), "d")), "names only"),
         (lambda: parse_composition(7), "setup"),
         (lambda: AdapterCompositionBlock.from_dict({"type": "Maze", "children": []}), "Maze"),
+        *(
+            (lambda data=data: AdapterCompositionBlock.from_dict(data), "^data: expected .*; got ")
+            for data in (
+                {},
+                None,
+                "a",
+                ["a"],
+                {"type": "Stack"},
+                {"children": []},
+                {"type": ["Stack"], "children": []},
+                {"type": "Stack", "children": "ab"},
+                {"type": "Stack", "children": ["a"]},
+                {"type": "Average", "children": [], "kwargs": [1]},
+            )
+        ),
+        *(
+            (
+                lambda names=names: AdapterCompositionBlock.from_dict(
+                    {"type": "single", "children": names}
+                ),
+                "^children: expected one name",
+            )
+            for names in ([], [1], ["a", "b"])
+        ),
     ],
 )
 def test_refused(make, message):
@@ -112,6 +138,9 @@ def test_walking():
     assert block[1].first() == "b" and block[1].last() == "d"
     assert block.flatten() == set("abcde")
     assert block[1].name == "c,d" and Fuse("a", name="n").name == "n"
+    assert block[1].adapter_names == fused_names(block[1]) == ["c", "d"]
+    assert fused_names("c,d") == fused_names(("c", "d")) == ["c", "d"]
+    assert fusion_name(block[1]) == fusion_name("c,d") == fusion_name(["c", "d"]) == "c,d"
 
 
 def everywhere(_):

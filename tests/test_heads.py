@@ -310,6 +310,11 @@ def test_wrong_id2label(host, labels, multilabel):
         {"a": 0, "b": None},
         {"a": 0, "b": [1]},
         {"a": 0, "b": float("inf")},
+        {"a": 0, None: 1},
+        {"a": 0, 0.5: 1},
+        {"a": 0, True: 1},
+        {"a": 0, ("b", "c"): 1},
+        {"1": 0, 1: 1},
         ["a", "b"],
         "ab",
     ],
@@ -331,12 +336,16 @@ def test_number_of_labels(host, num_labels):
 
 def test_number_of_labels_in_a_config(host):
     """adapters writes two labels for a regression that it converts from transformers' head."""
-    config = {"head_type": "classification", "num_labels": 1, "label2id": {"a": 0, "b": 1}}
+    config = {"head_type": "classification", "num_labels": 1, "label2id": {"b": 1, "a": 0}}
     host.add_prediction_head_from_config("x", config)
     assert host.heads["x"].config["label2id"] == {"a": 0}
-    expected = r"^num_labels: expected 2, .*; got 3$"
-    with unchanged(host), pytest.raises(ValueError, match=expected):
-        host.add_prediction_head_from_config("y", {**config, "num_labels": 3})
+    for labels, num_labels in (("ab", 3), ("abc", 2)):
+        label2id = {label: i for i, label in enumerate(labels)}
+        expected = rf"^num_labels: expected {len(labels)}, .*; got {num_labels}$"
+        with unchanged(host), pytest.raises(ValueError, match=expected):
+            host.add_prediction_head_from_config(
+                "y", {**config, "num_labels": num_labels, "label2id": label2id}
+            )
 
 
 @pytest.mark.parametrize(
@@ -346,7 +355,7 @@ def test_number_of_labels_in_a_config(host):
         ({1: "b", 0: "a"}, {"b": 1, "a": 0}),
         ({np.int64(0): "a", np.int64(1): "b"}, {"a": 0, "b": 1}),
         ({False: "no", True: "yes"}, {"no": 0, "yes": 1}),
-        ({0: 0, 1: None}, {0: 0, None: 1}),
+        ({0: 1, 1: np.int64(0)}, {"1": 0, "0": 1}),
         ({}, {"LABEL_0": 0, "LABEL_1": 1}),
         (None, {"LABEL_0": 0, "LABEL_1": 1}),
     ],

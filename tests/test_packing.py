@@ -201,6 +201,38 @@ def test_parametrized_projections(model):
     torch.testing.assert_close(gradients[None], gradients["reference"], rtol=1e-4, atol=1e-4)
 
 
+def test_parametrized_norm_and_scaling(model):
+    model.add_adapter("a", "double_seq_bn[ln_before=True, scaling='learned']", overwrite_ok=True)
+    tiny.randomize(model)
+    model.set_active_adapters("a")
+    ids = tiny.ids()
+    before = output(model, ids)
+    adapter = model.get_adapter("a")[0]["output_adapter"]
+    register_parametrization(adapter.adapter_norm_before, "weight", Doubled())
+    register_parametrization(adapter, "scaling", Doubled())
+    check_fresh(model, ids, before)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (torch.tensor(2.0), TypeError),
+        (nn.Parameter(torch.ones(1)), TypeError),
+        ("learned", TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        (float("nan"), ValueError),
+    ],
+    ids=repr,
+)
+def test_wrong_scaling(model, value, error):
+    adapter = model.get_adapter("a")[0]["output_adapter"]
+    with pytest.raises(error, match="^scaling: expected .*; got "):
+        adapter.scaling = value
+    assert adapter.scaling == 1.0
+    output(model, tiny.ids())
+
+
 @pytest.mark.parametrize(
     "replace",
     [

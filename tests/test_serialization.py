@@ -9,16 +9,24 @@ import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModel, BertForSequenceClassification
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
+from transformers import AutoModel, BertForMaskedLM, BertForSequenceClassification
 
 import fastfusion.serialization as files
 from fastfusion.composition import Fuse
-from fastfusion.configuration import AdapterConfig, AdapterFusionConfig, SeqBnConfig
+from fastfusion.configuration import (
+    AdapterConfig,
+    AdapterFusionConfig,
+    SeqBnConfig,
+    get_adapter_config_hash,
+)
 from fastfusion.flexible import AutoAdapterModel
 from fastfusion.model import ModelAdaptersMixin, init
 from fastfusion.serialization import ADAPTER_FILES, FUSION_FILES, HEAD_FILES, read_files
@@ -521,7 +529,11 @@ def test_json_of_something_else(model, tmp_path):
     ("directory", "error", "named"),
     [
         ("does/not/exist", FileNotFoundError, "does/not/exist.*hub"),
-        ("AdapterHub/bert-base-uncased-pf-sst2", FileNotFoundError, "hub"),
+        ("AdapterHub/bert-base-uncased-pf-sst2", NotImplementedError, "not a directory.*hub"),
+        ("owner/name.v2", NotImplementedError, "not a directory.*hub"),
+        ("../nowhere", FileNotFoundError, "nowhere.*hub"),
+        ("/owner/name", FileNotFoundError, "name.*hub"),
+        ("name", FileNotFoundError, "name.*hub"),
         ("sentiment/sst-2@ukp", NotImplementedError, "hub"),
         ("https://example.org/adapter.zip", NotImplementedError, "URL"),
         (__file__, NotADirectoryError, "is a file"),
@@ -690,18 +702,60 @@ def test_dtypes(model, tmp_path):
     edit(tmp_path, lambda tensors: tensors.update({first(tensors): torch.ones(4).int()}))
     with unchanged(model), pytest.raises(ValueError, match="floating-point.*int32"):
         files.load_adapter(model, tmp_path, load_as="new")
-    for tensor in (torch.ones(4).to_sparse(), torch.empty(4, device="meta")):
-        files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
-        path = tmp_path / ADAPTER_FILES.pickle
-        tensors = torch.load(path)
-        torch.save({**tensors, first(tensors): tensor}, path)
-        with unchanged(model), pytest.raises(ValueError, match="expected dense.*(sparse|meta)"):
-            files.load_adapter(model, tmp_path, load_as="new")
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         files.save_adapter(model, tmp_path, "a", with_head=False)
         edit(tmp_path, lambda t, d=dtype: t.update({k: v.to(d) for k, v in t.items()}))
         files.load_adapter(model, tmp_path, load_as=f"as_{str(dtype)[6:]}")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+WITHOUT_VALUES = {
+    "sparse": torch.ones(4).to_sparse(),
+    "meta": torch.empty(4, device="meta"),
+    "expanded": torch.zeros(1).expand(4),
+    "overlapping": torch.zeros(5).unfold(0, 4, 1),
+    "nested": torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("tensor", WITHOUT_VALUES.values(), ids=WITHOUT_VALUES)
+@pytest.mark.parametrize("is_extra", [True, False], ids=["extra", "own"])
+def test_tensors_without_their_values(model, tmp_path, is_extra, tensor):
+    files.save_adapter(model, tmp_path, "a", with_head=False, use_safetensors=False)
+    path = tmp_path / ADAPTER_FILES.pickle
+    tensors = torch.load(path)
+    torch.save({**tensors, "extra" if is_extra else first(tensors): tensor}, path)
+    expected = rf"{path.name}: expected dense tensors .*(extra|\.a\.)"
+    with unchanged(model), pytest.raises(ValueError, match=expected):
+        files.load_adapter(model, tmp_path, load_as="new", strict=False)
+
+
+def test_small_files_of_large_tensors(monkeypatch, model, tmp_path):
+    """Expanded, compressed or empty, they are refused before memory is taken for a head."""
+    model.add_classification_head("h", layers=1)
+    files.save_head(model, tmp_path, "h", use_safetensors=False)
+    rewrite(tmp_path, HEAD_FILES, num_labels=10**6, label2id=None)
+    path = tmp_path / HEAD_FILES.pickle
+    sizes = {"heads.h.1.weight": (10**6, 32), "heads.h.1.bias": (10**6,)}
+    monkeypatch.setattr(torch.nn, "Linear", None)
+
+    torch.save({key: torch.zeros(1).expand(size) for key, size in sizes.items()}, path)
+    with unchanged(model), pytest.raises(ValueError, match=f"{path.name}: expected dense tensors"):
+        files.load_head(model, tmp_path)
+
+    torch.save({key: torch.zeros(size, dtype=torch.bool) for key, size in sizes.items()}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 10**5
+    with unchanged(model), pytest.raises(ValueError, match=f"{path.name}: expected dense tensors"):
+        files.load_head(model, tmp_path)
+
+    torch.save({"heads.h.1.weight": torch.zeros(10**6, 0), "heads.h.1.bias": torch.ones(2)}, path)
+    with unchanged(model), pytest.raises(ValueError, match="head_config.json: .*'num_labels'.* 2,"):
+        files.load_head(model, tmp_path)
 
 
 def test_values_beyond_half_precision(model, tmp_path):
@@ -816,6 +870,87 @@ def test_config_argument_and_set_active(model, tmp_path):
     with pytest.warns(UserWarning, match="config: ignored"):
         files.load_adapter(model, tmp_path, load_as="y", config="seq_bn", set_active=True)
     assert model.active_adapters.flatten() == {"y"} and model.active_head == "y"
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("is_fresh", [True, False], ids=["fresh", "same"])
+def test_parametrized_weights(model, tmp_path, is_fresh):
+    """Files have what is computed; a model with the same parametrizations takes it too."""
+    model.add_adapter("a", "seq_bn[ln_before=True, scaling='learned']", overwrite_ok=True)
+    randomize(model, seed=2)
+    parts = [*model.model_adapters.modules("a"), *model.model_adapters.fusion_modules("a,c")]
+    for _, part in parts[:2]:
+        weight_norm(part.adapter_up)
+        weight_norm(part.adapter_norm_before, dim=None)
+    weight_norm(parts[2][1].query)
+    weight_norm(model.heads["a"][1])
+    model.set_active_adapters(Fuse("a", "c"))
+    tokens = torch.arange(12).view(2, 6) + 5
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    files.save_adapter(model, tmp_path / "a", "a")
+    files.save_adapter(model, tmp_path / "c", "c")
+    files.save_adapter_fusion(model, tmp_path, "a,c")
+    for names, directory in ((ADAPTER_FILES, tmp_path / "a"), (FUSION_FILES, tmp_path)):
+        assert not any("parametrizations" in key for key in read_files(directory, names)[1])
+    head = model.heads["a"]
+    randomize(model, seed=1)
+    other = flexible() if is_fresh else model
+    for name in "ac":
+        files.load_adapter(other, tmp_path / name)
+    files.load_adapter_fusion(other, tmp_path, set_active=True)
+    other.active_head = "a"
+    with torch.no_grad():
+        torch.testing.assert_close(other(input_ids=tokens).logits, expected)
+    assert is_fresh or model.heads["a"] is head
+
+
+def test_parametrizations_that_cannot_be_set(model, tmp_path):
+    files.save_adapter(model, tmp_path, "a")
+    modules = [module for _, module in model.model_adapters.modules("a")]
+    for part, key in ((modules[1].adapter_up, "adapter_up"), (model.heads["a"][1], r"1\.weight")):
+        register_parametrization(part, "weight", Doubled())
+        with unchanged(model), pytest.raises(ValueError, match=f"{key}.* without right_inverse"):
+            files.load_adapter(model, tmp_path)
+
+
+def test_scaling_that_was_set(model, tmp_path):
+    """Files have the number that the modules have; it is one for all places."""
+    model.add_adapter("b", "double_seq_bn[scaling=3.0]", overwrite_ok=True)
+    modules = [module for _, module in model.model_adapters.modules("b")]
+    for module in modules:
+        module.scaling = 2
+    tokens = torch.arange(6).view(1, 6) + 5
+    model.set_active_adapters("b")
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    files.save_all_adapters(model, tmp_path)
+    files.save_head(model, tmp_path / "head")
+    model.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "b" / ADAPTER_FILES.config).read_text())
+    scaled = model.adapters_config.adapters["b"].replace(scaling=2.0)
+    assert saved["config"] == scaled.to_dict()
+    assert saved["config_id"] == get_adapter_config_hash(scaled)
+    other = flexible()
+    files.load_adapter(other, tmp_path / "b", set_active=True)
+    files.load_head(other, tmp_path / "head")
+    whole = AutoAdapterModel.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    whole.set_active_adapters("b")
+    for loaded in (other, whole.eval()):
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=tokens).logits, expected)
+    files.load_adapter(model, tmp_path / "b")
+    modules[1].scaling = 1.5
+    for save in (files.save_adapter, files.save_all_adapters, type(model).save_pretrained):
+        with pytest.raises(ValueError, match=r"^scaling: .*'b'.*\[1.5, 2.0\]"):
+            save(model, tmp_path / "x", *(["b"] if save is files.save_adapter else []))
+    with unchanged(model), pytest.raises(ValueError, match=r"^scaling: "):
+        files.load_adapter(model, tmp_path / "b")
+    assert not (tmp_path / "x").exists()
 
 
 def test_compiled_submodule_has_the_same_keys(model, tmp_path):
@@ -1005,10 +1140,44 @@ def test_labels_of_something_else_in_a_class_with_a_head(tmp_path):
     model = static()
     files.save_head(model, tmp_path)
     path = tmp_path / HEAD_FILES.config
-    for labels in ([1], {"x": "y"}):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "label2id": labels}))
+    text = path.read_text()
+    for labels in (
+        [1],
+        {"x": "y"},
+        {"a": 0, "b": 1},
+        {"a": 0, "b": 1, "c": 2, "d": 3},
+        {"a": 0, "b": 1, "c": 3},
+        {"a": 0, "b": 1, "c": 1},
+    ):
+        path.write_text(json.dumps({**json.loads(text), "label2id": labels}))
         with unchanged(model), pytest.raises(ValueError, match="head_config.json: .*label2id"):
             files.load_head(model, tmp_path)
+    path.write_text(text)
+    for labels in (["a", "b", "c"], {0: "a", 1: "b"}, {0: "a", 1: "b", 2: "a"}, {0: "a", 2: "b"}):
+        with unchanged(model), pytest.raises(ValueError, match="id2label"):
+            files.load_head(model, tmp_path, id2label=labels)
+    files.load_head(model, tmp_path, id2label={0: "a", 1: 1, "2": "b"})
+    assert model.config.label2id == {"a": 0, "1": 1, "b": 2}
+    assert model.config.num_labels == 3
+
+
+def test_labels_in_a_class_without_an_output_for_each(tmp_path):
+    """transformers' configurations have two labels where nothing says how many."""
+    model = BertForMaskedLM.from_pretrained(GOLDEN / "models/bert")
+    init(model)
+    files.save_head(model, tmp_path)
+    files.load_head(model, tmp_path, id2label={0: "a", 1: "b", 2: "c"})
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_labels_that_are_numbers(model, tmp_path):
+    """JSON has them as strings; reading them must not look like another head."""
+    model.add_classification_head("n", num_labels=3, id2label={0: 3, 1: 2, 2: 1})
+    assert model.config.id2label == {0: "3", 1: "2", 2: "1"}
+    files.save_head(model, tmp_path, "n")
+    head = model.heads["n"]
+    files.load_head(model, tmp_path)
+    assert model.heads["n"] is head
 
 
 def test_head_types_that_come_later():
@@ -1096,6 +1265,58 @@ def test_reloaded_model_computes_the_same_bits(model, tmp_path):
         other.active_head = "a"
         with torch.no_grad():
             assert torch.equal(other(input_ids=tokens).logits, expected)
+
+
+RELOAD = """
+import sys
+from pathlib import Path
+import safetensors.torch
+import torch
+from fastfusion import AutoAdapterModel
+
+source, directory = sys.argv[1], Path(sys.argv[2])
+model = AutoAdapterModel.from_pretrained(source, attn_implementation="eager").eval()
+for name in ("a", "c"):
+    model.load_adapter(directory / name)
+model.load_adapter_fusion(directory / "fusion", set_active=True)
+model.active_head = "a"
+saved = safetensors.torch.load_file(directory / "run.safetensors")
+with torch.no_grad():
+    assert torch.equal(model(input_ids=saved["tokens"]).logits, saved["logits"])
+print("the same bits")
+"""
+
+
+@pytest.mark.parametrize("use_safetensors", [True, False], ids=["safetensors", "bin"])
+def test_trained_fusion_in_a_new_process(model, tmp_path, use_safetensors):
+    setup = Fuse("a", "c")
+    model.train_adapter_fusion(setup)
+    model.active_head = "a"
+    tokens = torch.arange(12).view(2, 6) + 5
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):
+        model(input_ids=tokens, labels=torch.tensor([0, 2])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fusions = [m for _, m in model.model_adapters.fusion_modules("a,c")]
+    assert all(any(p is q for q in trained) for m in fusions for p in m.parameters())
+    assert not any(torch.equal(p, q) for p, q in zip(trained, before, strict=True))
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    for name in ("a", "c"):
+        files.save_adapter(model, tmp_path / name, name, use_safetensors=use_safetensors)
+    files.save_adapter_fusion(model, tmp_path / "fusion", setup, use_safetensors=use_safetensors)
+    run = {"tokens": tokens, "logits": logits}
+    safetensors.torch.save_file(run, tmp_path / "run.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, GOLDEN / "models/bert", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "the same bits\n", done.stderr
 
 
 PEER = os.environ.get("FASTFUSION_PEER_PYTHON")
