@@ -153,7 +153,12 @@ class Fuse(AdapterCompositionBlock):
         """The fusion layer's name."""
         if self._name is not None:
             return self._name
-        return ",".join(child if isinstance(child, str) else child.last() for child in self)
+        return ",".join(self.fused_names)
+
+    @property
+    def fused_names(self) -> list[str]:
+        """The names of the adapters that it weighs: the last of each child."""
+        return [child if isinstance(child, str) else child.last() for child in self]
 
 
 def _sizes(kind: str, argument: str, sizes: Sequence[int] | int, count: int) -> list[int]:

@@ -222,40 +222,52 @@ class ModelAdaptersMixin:
             config: a config, a mapping, "dynamic" (None) or "static".
             name: the fusion's name; by default the Fuse's, or the names joined by commas.
             overwrite_ok: replace a fusion of that name.
-            set_active: also make the Fuse the active setup.
+            set_active: also make the Fuse, under this name, the active setup.
 
         Raises:
-            ValueError: unknown adapters, a name that is taken, or adapters that sit at different
-                locations.
+            ValueError: not adapters to fuse, or unknown ones; a name that is taken, or one that the
+                active setup uses for other adapters; adapters that sit at different locations.
         """
-        names, name = _fusion_names(adapter_names, name)
+        fuse = _fuse(adapter_names, name)
+        names, name = fuse.fused_names, fuse.name
         check_module_name(name, "name")
         config = AdapterFusionConfig.load(config)
         for adapter_name in names:
             if adapter_name not in self.adapters_config.adapters:
                 raise ValueError(f"adapter_names: the model has no adapter {adapter_name!r}")
+        if set_active:
+            for child in parse_composition(fuse):
+                self.model_adapters.check_setup(parse_composition(child))
         if name in self.adapters_config.fusions and not overwrite_ok:
             raise ValueError(
                 f"name: a fusion {name!r} exists; pass overwrite_ok=True to replace it"
             )
+        for active in fuses(self.active_adapters):
+            if active.name == name and active.fused_names != names and not set_active:
+                raise ValueError(
+                    f"name: {name!r} is part of the active setup {self.active_adapters!r}, over "
+                    f"{active.fused_names}; deactivate it first"
+                )
         self._check_locations(names, {}, "adapter_names")
         first = self.adapters_config.adapters[names[0]]
         dropout = self.model_adapters.attention_dropout
-        hidden_size = self.config.hidden_size
-        for layer in self.model_adapters.layers:
-            if name in layer.adapter_fusion_layer:
-                del layer.adapter_fusion_layer[name]
+        new = [
+            (layer, self._placed(AdapterFusion(config, self.config.hidden_size, dropout)))
+            for layer in self.model_adapters.layers
             # as adapters does: in layers too that an adapter leaves out
-            if first[layer.location]:
-                fusion = AdapterFusion(config, hidden_size, dropout)
-                layer.adapter_fusion_layer[name] = self._placed(fusion)
+            if first[layer.location]
+        ]
+        if set_active:
+            self.set_active_adapters(None)  # it may need the fusion that goes
+        for layer, _ in list(self.model_adapters.fusion_modules(name)):
+            del layer.adapter_fusion_layer[name]
+        for layer, module in new:
+            layer.adapter_fusion_layer[name] = module
         self.adapters_config.fusions[name] = config
         self.adapters_config.fusion_names[name] = names
         self.model_adapters.update_plans()
         if set_active:
-            self.set_active_adapters(
-                adapter_names if isinstance(adapter_names, Fuse) else Fuse(*names, name=name)
-            )
+            self.set_active_adapters(fuse)
 
     add_fusion = add_adapter_fusion
 
@@ -298,7 +310,7 @@ class ModelAdaptersMixin:
         self.model_adapters.update_plans()
 
     def _fusion_name(self, adapter_names: Fuse | Sequence[str] | str) -> str:
-        name = adapter_names if isinstance(adapter_names, str) else _fusion_names(adapter_names)[1]
+        name = adapter_names if isinstance(adapter_names, str) else _fuse(adapter_names).name
         if name not in self.adapters_config.fusions:
             known = ", ".join(map(repr, self.adapters_config.fusions)) or "none"
             raise ValueError(
@@ -703,15 +715,22 @@ def _cached_tokens(
     return int(cache.get_seq_length())
 
 
-def _fusion_names(
-    adapter_names: Fuse | Sequence[str] | str, name: str | None = None
-) -> tuple[list[str], str]:
-    """The names of a fusion's adapters, and its own."""
+def _fuse(adapter_names: Fuse | Sequence[str] | str, name: str | None = None) -> Fuse:
+    """The Fuse over a fusion's adapters, under its own name or another.
+
+    Raises:
+        ValueError: neither a Fuse nor names.
+    """
     if isinstance(adapter_names, Fuse):
-        names = [child if isinstance(child, str) else child.last() for child in adapter_names]
-        return names, name or adapter_names.name
-    names = adapter_names.split(",") if isinstance(adapter_names, str) else list(adapter_names)
-    return names, name or ",".join(names)
+        return adapter_names if name is None else Fuse(*adapter_names, name=name)
+    names = adapter_names.split(",") if isinstance(adapter_names, str) else adapter_names
+    is_listing = isinstance(names, Sequence) and len(names) > 0
+    if not is_listing or not all(isinstance(child, str) and child for child in names):
+        raise ValueError(
+            "adapter_names: expected a Fuse, a list of adapters' names, or 'a,b,c'; "
+            f"got {adapter_names!r}"
+        )
+    return Fuse(*names, name=name)
 
 
 @functools.cache
@@ -740,6 +759,15 @@ def _patched_class(original: type) -> type:
     return patched
 
 
+def _uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` wrapped, or the model itself."""
+    return getattr(model, "_modules", {}).get("_orig_mod", model)
+
+
+def _is_patched(model: Any) -> bool:
+    return "model_adapters" in getattr(model, "__dict__", {})
+
+
 def init(model: nn.Module, backend: str | None = None) -> None:
     """Let a transformers model carry adapters, in place.
 
@@ -747,20 +775,26 @@ def init(model: nn.Module, backend: str | None = None) -> None:
     methods of `ModelAdaptersMixin`. Its parameters and their names stay. A second call is harmless.
 
     Args:
-        model: a transformers model of a supported architecture, with or without a head.
+        model: a transformers model of a supported architecture, with or without a head, before
+            `torch.compile`.
         backend: what runs the adapters: "reference" (the literal formulas), "torch", "cpp",
             "triton", or None to choose by device, dtype and shape.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a transformers model, or one that `torch.compile` made.
         ValueError: an architecture or backend that is not supported, or a model that another
             library patched.
     """
     backends.check_name(backend)
-    if isinstance(model, ModelAdaptersMixin) and "model_adapters" in model.__dict__:
+    if _is_patched(_uncompiled(model)):
         if backend is not None:
             model.set_backend(backend)
         return
+    if _uncompiled(model) is not model:
+        raise TypeError(
+            "model: expected a transformers model; got a compiled one. Call "
+            "fastfusion.init(model) before torch.compile(model)"
+        )
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(f"model: expected a transformers model; got {type(model).__name__}")
@@ -782,12 +816,13 @@ def restore(model: nn.Module) -> None:
     The training mode stays as it is.
 
     Args:
-        model: a model that `init` patched.
+        model: a model that `init` patched, compiled or not.
 
     Raises:
         ValueError: the model was not patched by `init`.
     """
-    if "model_adapters" not in getattr(model, "__dict__", {}):
+    model = _uncompiled(model)
+    if not _is_patched(model):
         raise ValueError("model: expected a model that fastfusion.init patched")
     if "__wrapped_class__" not in type(model).__dict__:
         raise ValueError(
@@ -806,12 +841,13 @@ def refresh(model: nn.Module) -> None:
     """Drop the packed weights: after writes to parameters that leave no trace (`.data`).
 
     Args:
-        model: a patched model.
+        model: a patched model, compiled or not.
 
     Raises:
         ValueError: the model carries no adapters.
     """
-    if "model_adapters" not in getattr(model, "__dict__", {}):
+    model = _uncompiled(model)
+    if not _is_patched(model):
         raise ValueError("model: expected a model with adapters (see fastfusion.init)")
     for layer in model.model_adapters.layers:
         layer.packs.drop()

@@ -139,11 +139,10 @@ class ModelAdapters:
                     f"setup: expected a fusion of the model ({fusions}); got {fuse.name!r}. "
                     f"Add it first: model.add_adapter_fusion({fuse!r})"
                 )
-            names = [child if isinstance(child, str) else child.last() for child in fuse]
-            if names != list(self.config.fusion_names[fuse.name]):
+            if fuse.fused_names != list(self.config.fusion_names[fuse.name]):
                 raise ValueError(
                     f"setup: fusion {fuse.name!r} is over "
-                    f"{list(self.config.fusion_names[fuse.name])}; got {names}"
+                    f"{list(self.config.fusion_names[fuse.name])}; got {fuse.fused_names}"
                 )
 
     def checked_layers(self, skip_layers: Any) -> list[int]:

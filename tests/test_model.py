@@ -19,6 +19,7 @@ from transformers import (
 
 import fastfusion
 from fastfusion import AdapterSetup, AutoAdapterModel, Fuse, Stack
+from fastfusion.modules import AdapterFusion
 
 FUSE = Fuse("a", "b", "c")
 
@@ -558,6 +559,33 @@ BAD_CALLS = {
         ValueError,
         "'zzz'",
     ),
+    "a Stack to fuse": (
+        lambda m: m.add_adapter_fusion(Stack("a", "b")),
+        ValueError,
+        r"adapter_names: expected a Fuse.*got Stack\('a', 'b'\)",
+    ),
+    "a list with a block to fuse": (
+        lambda m: m.add_adapter_fusion(["a", Stack("b", "c")]),
+        ValueError,
+        "adapter_names: expected a Fuse",
+    ),
+    "a number to fuse": (lambda m: m.add_adapter_fusion(3), ValueError, "expected a Fuse.*got 3"),
+    "nothing to fuse": (lambda m: m.add_adapter_fusion([]), ValueError, r"a Fuse.*got \[\]"),
+    "fusion to activate over an unknown": (
+        lambda m: m.add_adapter_fusion(Fuse(Stack("zzz", "a"), "b"), set_active=True),
+        ValueError,
+        "'zzz'",
+    ),
+    "fusion to activate too deep": (
+        lambda m: m.add_adapter_fusion(Fuse("b", Stack("c", FUSE)), set_active=True),
+        ValueError,
+        "Fuse",
+    ),
+    "active fusion, other adapters": (
+        lambda m: m.add_adapter_fusion(["a", "b"], name="a,b,c", overwrite_ok=True),
+        ValueError,
+        "name: 'a,b,c' is part of the active setup",
+    ),
     "delete an unknown adapter": (lambda m: m.delete_adapter("zzz"), ValueError, "'zzz'"),
     "delete an unknown fusion": (lambda m: m.delete_adapter_fusion("zzz"), ValueError, "'zzz'"),
     "unknown backend": (lambda m: m.set_backend("cuda"), ValueError, "backend"),
@@ -587,6 +615,40 @@ def test_bad_calls_change_nothing(model, ids, call, error, message):
     assert list(model.adapters_config.adapters) == ["a", "b", "c"]
     assert list(model.adapters_config.fusions) == ["a,b,c"]
     assert torch.equal(run(model, ids), before)
+
+
+def test_fusion_that_fails_on_the_way_changes_nothing(model, ids, monkeypatch):
+    """The old modules go when all new ones are there."""
+    modules = [fusion for _, fusion in model.model_adapters.fusion_modules("a,b,c")]
+    before, made = run(model, ids), itertools.count()
+    original = AdapterFusion.__init__
+
+    def init(self, *args):
+        if next(made) == 2:
+            raise MemoryError
+        original(self, *args)
+
+    monkeypatch.setattr(AdapterFusion, "__init__", init)
+    with pytest.raises(MemoryError):
+        model.add_adapter_fusion(FUSE, overwrite_ok=True)
+    assert modules == [fusion for _, fusion in model.model_adapters.fusion_modules("a,b,c")]
+    assert torch.equal(run(model, ids), before)
+
+
+def test_added_fusion_is_active_under_its_name(model, ids):
+    model.add_adapter_fusion(Fuse("a", "b"), name="f", set_active=True)
+    assert model.active_adapters == Fuse("a", "b", name="f")
+    model.add_adapter_fusion(["b", "c"], set_active=True)
+    assert model.active_adapters == Fuse("b", "c")
+    # other adapters, at other places, under the name of the active fusion
+    for name in "de":
+        model.add_adapter(name, "seq_bn")
+    model.add_adapter_fusion(["d", "e"], name="b,c", overwrite_ok=True, set_active=True)
+    assert model.active_adapters == Fuse("d", "e", name="b,c")
+    assert [p.location for p, _ in model.model_adapters.fusion_modules("b,c")] == [
+        "output_adapter"
+    ] * 2
+    run(model, ids)
 
 
 def test_fusion_over_different_locations(model):
@@ -635,6 +697,28 @@ def test_bad_models():
         fastfusion.init(bert)
     assert "forward" not in bert.encoder.layer[0].output.__dict__
     assert type(bert) is BertModel
+
+
+def test_compiled_models(ids):
+    """`init` comes before `torch.compile`; afterwards the wrapper serves as well as the model."""
+    torch._dynamo.reset()
+    bert = BertModel(tiny.CONFIGS["bert"]).eval()
+    with pytest.raises(TypeError, match=r"init\(model\) before torch.compile\(model\)"):
+        fastfusion.init(torch.compile(bert, backend="eager"))
+    assert type(bert) is BertModel and "model_adapters" not in bert.__dict__
+    before = run(bert, ids)
+    fastfusion.init(bert)
+    compiled = torch.compile(bert, backend="eager")
+    fastfusion.init(compiled, backend="reference")
+    assert bert.model_adapters.backend == "reference"
+    tiny.add_fusion(bert, "ab")
+    torch.testing.assert_close(run(compiled, ids), run(bert, ids))
+    assert not torch.allclose(run(compiled, ids), before, atol=1e-3)
+    fastfusion.refresh(compiled)
+    fastfusion.restore(compiled)
+    assert type(bert) is BertModel
+    assert torch.equal(run(bert, ids), before)
+    torch.testing.assert_close(run(compiled, ids), before)
 
 
 @pytest.mark.parametrize("mode", ["inference", "eval", "train"])
