@@ -251,23 +251,6 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         if heads is not None and all(name in self.heads for name in head_names(heads)):
             self.active_head = heads
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads.
-
-        Args:
-            save_directory: where to write.
-            kwargs: further arguments of transformers' method.
-        """
-        self.config.adapters = self.adapters_config.to_dict()
-        # our own key, which adapters ignores: one value, the fusion's modules cool down together
-        self.config.adapters["fusion_temperatures"] = temperatures = {}
-        for name in self.adapters_config.fusions:
-            for _, fusion in self.model_adapters.fusion_modules(name):
-                if fusion.temperature is not None:
-                    fusion.settle_temperature()
-                    temperatures[name] = fusion.temperature.item()
-        super().save_pretrained(save_directory, **kwargs)
-
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """transformers' `from_pretrained`, with the fusions' temperatures.

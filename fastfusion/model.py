@@ -434,7 +434,9 @@ class ModelAdaptersMixin:
     load_adapter_setup = saved_setups.load_adapter_setup
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`: the whole model with its adapters and fusions.
+        """transformers' `save_pretrained`: the whole model, with its adapters and fusions.
+
+        config.json lists them, so that `AutoAdapterModel.from_pretrained` makes them again.
 
         Args:
             save_directory: where to write.
@@ -443,7 +445,27 @@ class ModelAdaptersMixin:
         state = kwargs.pop("state_dict", None) or self.state_dict()
         # ln_before adapters hold their norm under two names; transformers wants no shared tensors
         state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
-        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        before = self.config.__dict__.get("adapters")
+        self.config.adapters = self._carried()
+        try:
+            super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        finally:
+            # restore(model) gives back the config as it was
+            if before is None:
+                del self.config.adapters
+            else:
+                self.config.adapters = before
+
+    def _carried(self) -> dict[str, Any]:
+        """The key `adapters` of config.json."""
+        # our own key, which adapters ignores: one value, the fusion's modules cool down together
+        temperatures = {}
+        for name in self.adapters_config.fusions:
+            for _, fusion in self.model_adapters.fusion_modules(name):
+                if fusion.temperature is not None:
+                    fusion.settle_temperature()
+                    temperatures[name] = fusion.temperature.item()
+        return {**self.adapters_config.to_dict(), "fusion_temperatures": temperatures}
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -116,8 +116,35 @@ def test_saved_and_loaded_by_transformers(tmp_path, ids):
     assert other.state_dict().keys() == model.state_dict().keys()
 
 
-def test_temperature_is_saved_with_the_model(tmp_path, ids):
-    model = AutoAdapterModel.from_config(tiny.CONFIGS["bert"])
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_patched_model_is_saved_with_what_it_carries(architecture, kind, tmp_path, ids):
+    model = kind.from_config(copy.deepcopy(tiny.CONFIGS[architecture])).eval()
+    config = copy.deepcopy(model.config.to_dict())
+    fastfusion.init(model)
+    fuse = tiny.add_fusion(model)
+    model.save_pretrained(tmp_path)
+    other = AutoAdapterModel.from_pretrained(tmp_path).eval()
+    assert other.adapters_config.adapters == model.adapters_config.adapters
+    other.set_active_adapters(fuse)
+    expected = model(ids, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(
+        other(ids, output_hidden_states=True).hidden_states, expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    fastfusion.restore(model)
+    assert not hasattr(model.config, "adapters")
+    # transformers writes down where and how a model was saved
+    kept = config.keys() - {"architectures", "dtype", "torch_dtype", "_name_or_path"}
+    assert {key: model.config.to_dict()[key] for key in kept} == {k: config[k] for k in kept}
+    kind.from_pretrained(tmp_path)  # and transformers reads it without us
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_temperature_is_saved_with_the_model(tmp_path, ids, patched):
+    config = copy.deepcopy(tiny.CONFIGS["bert"])
+    model = BertModel(config) if patched else AutoAdapterModel.from_config(config)
+    fastfusion.init(model)
     for name in "ab":
         model.add_adapter(name)
     model.add_adapter_fusion(["a", "b"], {"temperature": True}, name="warm")
