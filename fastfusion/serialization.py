@@ -233,9 +233,11 @@ def subdirectory(directory: str | os.PathLike, name: str) -> Path:
     """The directory for a name inside another.
 
     Raises:
-        ValueError: the name is not the name of a directory, such as "../x", "a/b" or "..".
+        ValueError: the name is not the name of a directory, such as "../x", "a/b" or "..", or too
+            long for file systems.
     """
-    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+    is_path = name in ("", ".", "..") or re.search(r"[/\\\0]", name)
+    if is_path or len(os.fsencode(name)) > 255:
         raise ValueError(
             f"name: {name!r} cannot be the name of a directory in {os.fspath(directory)!r}; save "
             "it by itself, with a directory of your choice"
