@@ -577,10 +577,9 @@ class ModelAdaptersMixin:
         with ForwardContext(**asked) as context:
             outputs = forward(*args, **kwargs)
         # train_adapter_fusion puts the base model alone into training mode
-        is_training_step = self.base_model.training and torch.is_grad_enabled()
+        in_training = self.base_model.training and torch.is_grad_enabled()
         for fusion in fusions:
-            if is_training_step or fusion.config.peer_temperature:
-                fusion.count_step()
+            fusion.count_forward(in_training)
         for name, value in context.outputs().items():
             if isinstance(outputs, tuple):
                 outputs = (*outputs, value)

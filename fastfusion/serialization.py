@@ -674,12 +674,8 @@ def load_adapter_fusion(
             model.delete_adapter_fusion(name)
         raise
     for path, module in fusion_modules(model, name).items():
-        if module.temperature is not None:
-            module.settle_temperature()  # a step that is still due is not the loaded one's
-            start = temperatures.get(path, module.INITIAL_TEMPERATURE)
-            # the buffer is in no checkpoint and may have been left on the meta device
-            device = next((p.device for p in module.parameters()), model.device)
-            module.temperature = torch.tensor(start, dtype=torch.float32, device=device)
+        # the buffer is in no checkpoint and may have been left on the meta device
+        module.reset_temperature(temperatures.get(path))
     if head is not None:
         head.apply(set_active)
     if set_active:

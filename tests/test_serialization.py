@@ -926,7 +926,8 @@ def test_temperature(model, tmp_path):
 
     for i, module in enumerate(modules("t")):
         for _ in range(3 + i):
-            module.count_step()
+            module.count_forward(in_training=True)
+            module.count_optimizer_step()
             module.settle_temperature()
     files.save_adapter_fusion(model, tmp_path, "t")
     config = read_files(tmp_path, FUSION_FILES)[0]
@@ -962,7 +963,8 @@ def test_temperature_is_loaded_to_where_the_fusion_is(config, model, tmp_path):
     for stale in (torch.empty((), device="meta"), torch.tensor(7.0, dtype=torch.bfloat16)):
         for module in modules:
             module.temperature = stale
-            module.count_step()
+            module.count_forward(in_training=True)
+            module.count_optimizer_step()
         files.load_adapter_fusion(model, tmp_path, set_active=True)
         for module in modules:
             module.settle_temperature()
