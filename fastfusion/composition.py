@@ -347,15 +347,25 @@ def fuses(setup: Setup | None) -> Iterator[Fuse]:
     return (block for block in blocks(setup) if isinstance(block, Fuse))
 
 
-def fused_names(fusion: Fuse | Sequence[str] | str) -> list[str]:
-    """The adapters of a fusion.
+def as_fuse(fusion: Fuse | Sequence[str] | str, name: str | None = None) -> Fuse:
+    """The Fuse over a fusion's adapters.
 
     Args:
         fusion: a Fuse, the adapters' names, or these joined by commas.
+        name: the fusion's, in place of its own.
+
+    Raises:
+        ValueError: none of these.
     """
     if isinstance(fusion, Fuse):
-        return fusion.adapter_names
-    return fusion.split(",") if isinstance(fusion, str) else list(fusion)
+        return fusion if name is None else Fuse(*fusion, name=name)
+    names = fusion.split(",") if isinstance(fusion, str) else fusion
+    is_listing = isinstance(names, Sequence) and len(names) > 0
+    if not is_listing or not all(isinstance(child, str) and child for child in names):
+        raise ValueError(
+            f"adapter_names: expected a Fuse, a list of adapters' names, or 'a,b,c'; got {fusion!r}"
+        )
+    return Fuse(*names, name=name)
 
 
 def fusion_name(fusion: Fuse | Sequence[str] | str) -> str:
@@ -363,10 +373,11 @@ def fusion_name(fusion: Fuse | Sequence[str] | str) -> str:
 
     Args:
         fusion: a Fuse, its adapters' names, or the name itself.
+
+    Raises:
+        ValueError: none of these.
     """
-    if isinstance(fusion, str):
-        return fusion
-    return fusion.name if isinstance(fusion, Fuse) else ",".join(fusion)
+    return fusion if isinstance(fusion, str) else as_fuse(fusion).name
 
 
 _ALLOWED_CHILDREN: dict[type, tuple[type, ...]] = {

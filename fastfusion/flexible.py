@@ -22,7 +22,6 @@ from .heads import FlexibleHeadsMixin, HeadRows, Heads, consecutive_rows, head_n
 from .model import ModelAdaptersMixin, init
 from .patching import ARCHITECTURES, architecture_of
 from .rows import BASE, can_look_at, input_shape
-from .serialization import actual_config
 
 
 class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
@@ -251,25 +250,6 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         heads = _heads_of(self.active_adapters)
         if heads is not None and all(name in self.heads for name in head_names(heads)):
             self.active_head = heads
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`; config.json also lists adapters, fusions and heads.
-
-        Args:
-            save_directory: where to write.
-            kwargs: further arguments of transformers' method.
-        """
-        record = copy.copy(self.adapters_config)
-        record.adapters = {name: actual_config(self, name) for name in record.adapters}
-        self.config.adapters = record.to_dict()
-        # our own key, which adapters ignores: one value, the fusion's modules cool down together
-        self.config.adapters["fusion_temperatures"] = temperatures = {}
-        for name in self.adapters_config.fusions:
-            for _, fusion in self.model_adapters.fusion_modules(name):
-                if fusion.temperature is not None:
-                    fusion.settle_temperature()
-                    temperatures[name] = fusion.temperature.item()
-        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

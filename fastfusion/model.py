@@ -1,5 +1,6 @@
 """What a user calls on a model: `init`, `restore`, and the methods that a patched model has."""
 
+import copy
 import functools
 import inspect
 import os
@@ -14,8 +15,8 @@ from .composition import (
     AdapterCompositionBlock,
     Fuse,
     Split,
+    as_fuse,
     blocks,
-    fused_names,
     fuses,
     fusion_name,
     parse_composition,
@@ -231,40 +232,52 @@ class ModelAdaptersMixin:
             config: a config, a mapping, "dynamic" (None) or "static".
             name: the fusion's name; by default the Fuse's, or the names joined by commas.
             overwrite_ok: replace a fusion of that name.
-            set_active: also make the Fuse the active setup.
+            set_active: also make the Fuse, under this name, the active setup.
 
         Raises:
-            ValueError: unknown adapters, a name that is taken, or adapters that sit at different
-                locations.
+            ValueError: not adapters to fuse, or unknown ones; a name that is taken, or one that the
+                active setup uses for other adapters; adapters that sit at different locations.
         """
-        names, name = fused_names(adapter_names), name or fusion_name(adapter_names)
+        fuse = as_fuse(adapter_names, name)
+        names, name = fuse.adapter_names, fuse.name
         check_module_name(name, "name")
         config = AdapterFusionConfig.load(config)
         for adapter_name in names:
             if adapter_name not in self.adapters_config.adapters:
                 raise ValueError(f"adapter_names: the model has no adapter {adapter_name!r}")
+        if set_active:
+            for child in parse_composition(fuse):
+                self.model_adapters.check_setup(parse_composition(child))
         if name in self.adapters_config.fusions and not overwrite_ok:
             raise ValueError(
                 f"name: a fusion {name!r} exists; pass overwrite_ok=True to replace it"
             )
+        for active in fuses(self.active_adapters):
+            if active.name == name and active.adapter_names != names and not set_active:
+                raise ValueError(
+                    f"name: {name!r} is part of the active setup {self.active_adapters!r}, over "
+                    f"{active.adapter_names}; deactivate it first"
+                )
         self._check_locations(names, {}, "adapter_names")
         first = self.adapters_config.adapters[names[0]]
         dropout = self.model_adapters.attention_dropout
-        hidden_size = self.config.hidden_size
-        for layer in self.model_adapters.layers:
-            if name in layer.adapter_fusion_layer:
-                del layer.adapter_fusion_layer[name]
+        new = [
+            (layer, self._placed(AdapterFusion(config, self.config.hidden_size, dropout)))
+            for layer in self.model_adapters.layers
             # as adapters does: in layers too that an adapter leaves out
-            if first[layer.location]:
-                fusion = AdapterFusion(config, hidden_size, dropout)
-                layer.adapter_fusion_layer[name] = self._placed(fusion)
+            if first[layer.location]
+        ]
+        if set_active:
+            self.set_active_adapters(None)  # it may need the fusion that goes
+        for layer, _ in list(self.model_adapters.fusion_modules(name)):
+            del layer.adapter_fusion_layer[name]
+        for layer, module in new:
+            layer.adapter_fusion_layer[name] = module
         self.adapters_config.fusions[name] = config
         self.adapters_config.fusion_names[name] = names
         self.model_adapters.update_plans()
         if set_active:
-            self.set_active_adapters(
-                adapter_names if isinstance(adapter_names, Fuse) else Fuse(*names, name=name)
-            )
+            self.set_active_adapters(fuse)
 
     add_fusion = add_adapter_fusion
 
@@ -431,7 +444,9 @@ class ModelAdaptersMixin:
     load_adapter_setup = saved_setups.load_adapter_setup
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`: the whole model with its adapters and fusions.
+        """transformers' `save_pretrained`: the whole model, with its adapters and fusions.
+
+        config.json lists them, so that `AutoAdapterModel.from_pretrained` makes them again.
 
         Args:
             save_directory: where to write.
@@ -440,7 +455,31 @@ class ModelAdaptersMixin:
         state = kwargs.pop("state_dict", None) or self.state_dict()
         # ln_before adapters hold their norm under two names; transformers wants no shared tensors
         state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
-        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        before = self.config.__dict__.get("adapters")
+        self.config.adapters = self._carried()
+        try:
+            super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        finally:
+            # restore(model) gives back the config as it was
+            if before is None:
+                del self.config.adapters
+            else:
+                self.config.adapters = before
+
+    def _carried(self) -> dict[str, Any]:
+        """The key `adapters` of config.json."""
+        # our own key, which adapters ignores: one value, the fusion's modules cool down together
+        temperatures = {}
+        for name in self.adapters_config.fusions:
+            for _, fusion in self.model_adapters.fusion_modules(name):
+                if fusion.temperature is not None:
+                    fusion.settle_temperature()
+                    temperatures[name] = fusion.temperature.item()
+        record = copy.copy(self.adapters_config)
+        record.adapters = {
+            name: serialization.actual_config(self, name) for name in record.adapters
+        }
+        return {**record.to_dict(), "fusion_temperatures": temperatures}
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -552,10 +591,9 @@ class ModelAdaptersMixin:
         with ForwardContext(**asked) as context:
             outputs = forward(*args, **kwargs)
         # train_adapter_fusion puts the base model alone into training mode
-        is_training_step = self.base_model.training and torch.is_grad_enabled()
+        in_training = self.base_model.training and torch.is_grad_enabled()
         for fusion in fusions:
-            if is_training_step or fusion.config.peer_temperature:
-                fusion.count_step()
+            fusion.count_forward(in_training)
         for name, value in context.outputs().items():
             if isinstance(outputs, tuple):
                 outputs = (*outputs, value)
@@ -738,6 +776,15 @@ def _patched_class(original: type) -> type:
     return patched
 
 
+def _uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` wrapped, or the model itself."""
+    return getattr(model, "_modules", {}).get("_orig_mod", model)
+
+
+def _is_patched(model: Any) -> bool:
+    return "model_adapters" in getattr(model, "__dict__", {})
+
+
 def init(model: nn.Module, backend: str | None = None) -> None:
     """Let a transformers model carry adapters, in place.
 
@@ -745,20 +792,26 @@ def init(model: nn.Module, backend: str | None = None) -> None:
     methods of `ModelAdaptersMixin`. Its parameters and their names stay. A second call is harmless.
 
     Args:
-        model: a transformers model of a supported architecture, with or without a head.
+        model: a transformers model of a supported architecture, with or without a head, before
+            `torch.compile`.
         backend: what runs the adapters: "reference" (the literal formulas), "torch", "cpp",
             "triton", or None to choose by device, dtype and shape.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a transformers model, or one that `torch.compile` made.
         ValueError: an architecture or backend that is not supported, or a model that another
             library patched.
     """
     backends.check_name(backend)
-    if isinstance(model, ModelAdaptersMixin) and "model_adapters" in model.__dict__:
+    if _is_patched(_uncompiled(model)):
         if backend is not None:
             model.set_backend(backend)
         return
+    if _uncompiled(model) is not model:
+        raise TypeError(
+            "model: expected a transformers model; got a compiled one. Call "
+            "fastfusion.init(model) before torch.compile(model)"
+        )
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(f"model: expected a transformers model; got {type(model).__name__}")
@@ -780,12 +833,13 @@ def restore(model: nn.Module) -> None:
     The training mode stays as it is.
 
     Args:
-        model: a model that `init` patched.
+        model: a model that `init` patched, compiled or not.
 
     Raises:
         ValueError: the model was not patched by `init`.
     """
-    if "model_adapters" not in getattr(model, "__dict__", {}):
+    model = _uncompiled(model)
+    if not _is_patched(model):
         raise ValueError("model: expected a model that fastfusion.init patched")
     if "__wrapped_class__" not in type(model).__dict__:
         raise ValueError(
@@ -804,12 +858,13 @@ def refresh(model: nn.Module) -> None:
     """Drop the packed weights: after writes to parameters that leave no trace (`.data`).
 
     Args:
-        model: a patched model.
+        model: a patched model, compiled or not.
 
     Raises:
         ValueError: the model carries no adapters.
     """
-    if "model_adapters" not in getattr(model, "__dict__", {}):
+    model = _uncompiled(model)
+    if not _is_patched(model):
         raise ValueError("model: expected a model with adapters (see fastfusion.init)")
     for layer in model.model_adapters.layers:
         layer.packs.drop()

@@ -5,6 +5,7 @@ State-dict keys are those of `adapters`: `adapters.<name>.adapter_down.0.weight`
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .absorb import Attention, Bottleneck
 from .configuration import AdapterFusionConfig, BnConfig
@@ -158,8 +160,25 @@ class Adapter(nn.Module):
         )
 
 
+_cooling: "weakref.WeakSet[AdapterFusion]" = weakref.WeakSet()
+"""The fusions of the process that have a temperature."""
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    for fusion in list(_cooling):
+        fusion.count_optimizer_step()
+
+
+# adds to no optimizer: torch calls it after every step of every optimizer of the process
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
 class AdapterFusion(nn.Module):
     """The parameters of one fusion layer at one place.
+
+    With `temperature`, the scores' temperature falls by one thousandth of its start in every
+    training step: a step of a `torch.optim` optimizer after one or more forwards in training mode.
+    With `peer_temperature` it falls in every forward.
 
     Args:
         config: its config.
@@ -186,12 +205,19 @@ class AdapterFusion(nn.Module):
             if config["value_initialized"]:
                 with torch.no_grad():
                     self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
+        self._is_in_training_step = False
         self._step_is_due = False
         if config["temperature"]:
             start = torch.tensor(self.INITIAL_TEMPERATURE)
             self.register_buffer("temperature", start, persistent=False)
+            _cooling.add(self)
         else:
             self.temperature = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.temperature is not None:  # copies cool down too
+            _cooling.add(self)
 
     def _apply(self, fn, recurse=True):
         # half precision cannot hold 50 - 0.05: the temperature moves along, its dtype stays
@@ -225,9 +251,17 @@ class AdapterFusion(nn.Module):
             tensors.append(_weights(modules["value"])[0])
         return tensors
 
-    def count_step(self) -> None:
-        """A forward took place after which the temperature falls: see `settle_temperature`."""
-        self._step_is_due = self.temperature is not None
+    def count_forward(self, in_training: bool) -> None:
+        """A forward took place, with gradients of training or without."""
+        if self.config.peer_temperature:
+            self._step_is_due = True
+        elif in_training:
+            self._is_in_training_step = True
+
+    def count_optimizer_step(self) -> None:
+        """An optimizer has made a step: the temperature falls once for the forwards before it."""
+        self._step_is_due |= self._is_in_training_step
+        self._is_in_training_step = False
 
     def settle_temperature(self) -> None:
         """Take the step down that is due, between 50 and 1.
@@ -245,8 +279,8 @@ class AdapterFusion(nn.Module):
         if self.temperature is not None:
             device = next(self.parameters()).device
             start = self.INITIAL_TEMPERATURE if value is None else value
-            self.temperature = torch.tensor(start, device=device)
-            self._step_is_due = False
+            self.temperature = torch.tensor(start, dtype=torch.float32, device=device)
+            self._is_in_training_step = self._step_is_due = False
 
     def is_absorbable(self) -> bool:
         """Whether the absorbed form exists: not with the residual in key and value."""

@@ -274,9 +274,11 @@ def subdirectory(directory: str | os.PathLike, name: str) -> Path:
     """The directory for a name inside another.
 
     Raises:
-        ValueError: the name is not the name of a directory, such as "../x", "a/b" or "..".
+        ValueError: the name is not the name of a directory, such as "../x", "a/b" or "..", or too
+            long for file systems.
     """
-    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+    is_path = name in ("", ".", "..") or re.search(r"[/\\\0]", name)
+    if is_path or len(os.fsencode(name)) > 255:
         raise ValueError(
             f"name: {name!r} cannot be the name of a directory in {os.fspath(directory)!r}; save "
             "it by itself, with a directory of your choice"
@@ -735,12 +737,8 @@ def load_adapter_fusion(
             model.delete_adapter_fusion(name)
         raise
     for path, module in _fusion_paths(model, name).items():
-        if module.temperature is not None:
-            module.settle_temperature()  # a step that is still due is not the loaded one's
-            start = temperatures.get(path, module.INITIAL_TEMPERATURE)
-            # the buffer is in no checkpoint and may have been left on the meta device
-            device = next((p.device for p in module.parameters()), model.device)
-            module.temperature = torch.tensor(start, dtype=torch.float32, device=device)
+        # the buffer is in no checkpoint and may have been left on the meta device
+        module.reset_temperature(temperatures.get(path))
     if head is not None:
         head.apply(set_active)
     if set_active:

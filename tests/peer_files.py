@@ -12,7 +12,7 @@ import torch
 from adapters import AutoAdapterModel
 from adapters.composition import Fuse
 from safetensors.torch import save_file
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
 model_directory, exchange = map(Path, sys.argv[1:])
 ADAPTERS = ("a", "b", "c", "p", "n")
@@ -93,3 +93,14 @@ for kind, use_safetensors in (("safetensors", True), ("bin", False)):
 
 model = AutoAdapterModel.from_pretrained(exchange / "ours/model", attn_implementation="eager")
 run(model.eval(), exchange / "model.safetensors")
+
+for name, kind in (("bare", BertModel), ("static", BertForSequenceClassification)):
+    ours, theirs = exchange / "ours/patched" / name, exchange / "peer/patched" / name
+    for model in (AutoAdapterModel.from_pretrained(ours), adapters.load_model(ours, kind)):
+        model.set_active_adapters(Fuse("a", "b"))
+        model.eval()
+        with torch.no_grad():
+            outputs = model.base_model(input_ids=INPUT_IDS, output_hidden_states=True)
+        hidden_states = dict(zip("012", outputs.hidden_states, strict=False))
+        save_file(hidden_states, exchange / f"{name} {type(model).__name__}.safetensors")
+    model.save_pretrained(theirs)

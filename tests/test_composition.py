@@ -11,7 +11,7 @@ from fastfusion.composition import (
     Parallel,
     Split,
     Stack,
-    fused_names,
+    as_fuse,
     fusion_name,
     parse_composition,
 )
@@ -138,8 +138,8 @@ def test_walking():
     assert block[1].first() == "b" and block[1].last() == "d"
     assert block.flatten() == set("abcde")
     assert block[1].name == "c,d" and Fuse("a", name="n").name == "n"
-    assert block[1].adapter_names == fused_names(block[1]) == ["c", "d"]
-    assert fused_names("c,d") == fused_names(("c", "d")) == ["c", "d"]
+    assert block[1].adapter_names == ["c", "d"]
+    assert as_fuse("c,d") == as_fuse(("c", "d")) == Fuse("c", "d")
     assert fusion_name(block[1]) == fusion_name("c,d") == fusion_name(["c", "d"]) == "c,d"
 
 

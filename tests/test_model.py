@@ -19,6 +19,7 @@ from transformers import (
 
 import fastfusion
 from fastfusion import AdapterSetup, AutoAdapterModel, Fuse, Stack
+from fastfusion.modules import AdapterFusion
 
 FUSE = Fuse("a", "b", "c")
 
@@ -115,20 +116,48 @@ def test_saved_and_loaded_by_transformers(tmp_path, ids):
     assert other.state_dict().keys() == model.state_dict().keys()
 
 
-def test_temperature_is_saved_with_the_model(tmp_path, ids):
-    model = AutoAdapterModel.from_config(tiny.CONFIGS["bert"])
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_patched_model_is_saved_with_what_it_carries(architecture, kind, tmp_path, ids):
+    model = kind.from_config(copy.deepcopy(tiny.CONFIGS[architecture])).eval()
+    config = copy.deepcopy(model.config.to_dict())
+    fastfusion.init(model)
+    fuse = tiny.add_fusion(model)
+    model.save_pretrained(tmp_path)
+    other = AutoAdapterModel.from_pretrained(tmp_path).eval()
+    assert other.adapters_config.adapters == model.adapters_config.adapters
+    other.set_active_adapters(fuse)
+    expected = model(ids, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(
+        other(ids, output_hidden_states=True).hidden_states, expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    fastfusion.restore(model)
+    assert not hasattr(model.config, "adapters")
+    # transformers writes down where and how a model was saved
+    kept = config.keys() - {"architectures", "dtype", "torch_dtype", "_name_or_path"}
+    assert {key: model.config.to_dict()[key] for key in kept} == {k: config[k] for k in kept}
+    kind.from_pretrained(tmp_path)  # and transformers reads it without us
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_temperature_is_saved_with_the_model(tmp_path, ids, patched):
+    config = copy.deepcopy(tiny.CONFIGS["bert"])
+    model = BertModel(config) if patched else AutoAdapterModel.from_config(config)
+    fastfusion.init(model)
     for name in "ab":
         model.add_adapter(name)
     model.add_adapter_fusion(["a", "b"], {"temperature": True}, name="warm")
     model.add_adapter_fusion(["b", "a"], {"temperature": True})
     model.train_adapter_fusion(Fuse("a", "b", name="warm"))
-    model(ids)
-    model(ids)
+    for _ in range(2):
+        model(ids)
+        tiny.optimizer_step()
     model.save_pretrained(tmp_path)
     other = AutoAdapterModel.from_pretrained(tmp_path)
     for name, expected in (("warm", 49.9), ("b,a", 50.0)):
-        for _, fusion in other.model_adapters.fusion_modules(name):
-            assert fusion.temperature.item() == pytest.approx(expected)
+        modules = [fusion for _, fusion in other.model_adapters.fusion_modules(name)]
+        assert [m.temperature.item() for m in modules] == pytest.approx([expected] * 2)
 
 
 def test_fresh_weights_keep_their_own_start():
@@ -218,6 +247,7 @@ def test_gradient_checkpointing(model, ids, trained):
         torch.manual_seed(1)
         m(ids).last_hidden_state.square().sum().backward()
         _, fusion = next(m.model_adapters.fusion_modules("a,b,c"))
+        tiny.optimizer_step()
         fusion.settle_temperature()
         results.append((fusion.temperature, {n: p.grad for n, p in m.named_parameters()}))
     assert results[0][0] == results[1][0] == pytest.approx(49.95)
@@ -269,9 +299,7 @@ def test_refresh_leaves_a_pending_backward_alone(model):
     model.requires_grad_(False)
     embeddings = torch.randn(2, 7, 32, requires_grad=True)
     first = model(inputs_embeds=embeddings).last_hidden_state.sum()
-    other = torch.nn.Parameter(torch.ones(1))
-    other.grad = torch.ones(1)
-    torch.optim.SGD([other], lr=0.1).step()
+    tiny.optimizer_step()
     second = model(inputs_embeds=embeddings).last_hidden_state.sum()
     (first + second).backward()
     both, embeddings.grad = embeddings.grad, None
@@ -302,10 +330,11 @@ def test_unused_parameters_get_zeros(model, ids):
 
 
 def test_temperature(model, ids):
-    """One step down for each training step; with `peer_temperature` for each forward."""
+    """One step down for each training step, however many forwards it has; with `peer_temperature`
+    for each forward."""
     for config, expected in (
         ({"temperature": True}, 49.9),
-        ({"temperature": True, "peer_temperature": True}, 49.75),
+        ({"temperature": True, "peer_temperature": True}, 49.65),
     ):
         model.add_adapter_fusion(FUSE, config, overwrite_ok=True)
         model.set_active_adapters(FUSE)
@@ -313,9 +342,16 @@ def test_temperature(model, ids):
         model.eval()
         for _ in range(3):
             run(model, ids)
+        tiny.optimizer_step()
         model.train()
-        model(ids)
-        model(ids)
+        for _ in range(2):
+            model(ids)
+            model(ids)
+            # a copy goes on where the model is
+            model = copy.deepcopy(model)
+            tiny.optimizer_step()
+            tiny.optimizer_step()
+        _, fusion = next(model.model_adapters.fusion_modules("a,b,c"))
         fusion.settle_temperature()
         assert fusion.temperature.item() == pytest.approx(expected)
     assert fusion.temperature.dtype == torch.float32
@@ -558,6 +594,33 @@ BAD_CALLS = {
         ValueError,
         "'zzz'",
     ),
+    "a Stack to fuse": (
+        lambda m: m.add_adapter_fusion(Stack("a", "b")),
+        ValueError,
+        r"adapter_names: expected a Fuse.*got Stack\('a', 'b'\)",
+    ),
+    "a list with a block to fuse": (
+        lambda m: m.add_adapter_fusion(["a", Stack("b", "c")]),
+        ValueError,
+        "adapter_names: expected a Fuse",
+    ),
+    "a number to fuse": (lambda m: m.add_adapter_fusion(3), ValueError, "expected a Fuse.*got 3"),
+    "nothing to fuse": (lambda m: m.add_adapter_fusion([]), ValueError, r"a Fuse.*got \[\]"),
+    "fusion to activate over an unknown": (
+        lambda m: m.add_adapter_fusion(Fuse(Stack("zzz", "a"), "b"), set_active=True),
+        ValueError,
+        "'zzz'",
+    ),
+    "fusion to activate too deep": (
+        lambda m: m.add_adapter_fusion(Fuse("b", Stack("c", FUSE)), set_active=True),
+        ValueError,
+        "Fuse",
+    ),
+    "active fusion, other adapters": (
+        lambda m: m.add_adapter_fusion(["a", "b"], name="a,b,c", overwrite_ok=True),
+        ValueError,
+        "name: 'a,b,c' is part of the active setup",
+    ),
     "delete an unknown adapter": (lambda m: m.delete_adapter("zzz"), ValueError, "'zzz'"),
     "delete an unknown fusion": (lambda m: m.delete_adapter_fusion("zzz"), ValueError, "'zzz'"),
     "unknown backend": (lambda m: m.set_backend("cuda"), ValueError, "backend"),
@@ -587,6 +650,40 @@ def test_bad_calls_change_nothing(model, ids, call, error, message):
     assert list(model.adapters_config.adapters) == ["a", "b", "c"]
     assert list(model.adapters_config.fusions) == ["a,b,c"]
     assert torch.equal(run(model, ids), before)
+
+
+def test_fusion_that_fails_on_the_way_changes_nothing(model, ids, monkeypatch):
+    """The old modules go when all new ones are there."""
+    modules = [fusion for _, fusion in model.model_adapters.fusion_modules("a,b,c")]
+    before, made = run(model, ids), itertools.count()
+    original = AdapterFusion.__init__
+
+    def init(self, *args):
+        if next(made) == 2:
+            raise MemoryError
+        original(self, *args)
+
+    monkeypatch.setattr(AdapterFusion, "__init__", init)
+    with pytest.raises(MemoryError):
+        model.add_adapter_fusion(FUSE, overwrite_ok=True)
+    assert modules == [fusion for _, fusion in model.model_adapters.fusion_modules("a,b,c")]
+    assert torch.equal(run(model, ids), before)
+
+
+def test_added_fusion_is_active_under_its_name(model, ids):
+    model.add_adapter_fusion(Fuse("a", "b"), name="f", set_active=True)
+    assert model.active_adapters == Fuse("a", "b", name="f")
+    model.add_adapter_fusion(["b", "c"], set_active=True)
+    assert model.active_adapters == Fuse("b", "c")
+    # other adapters, at other places, under the name of the active fusion
+    for name in "de":
+        model.add_adapter(name, "seq_bn")
+    model.add_adapter_fusion(["d", "e"], name="b,c", overwrite_ok=True, set_active=True)
+    assert model.active_adapters == Fuse("d", "e", name="b,c")
+    assert [p.location for p, _ in model.model_adapters.fusion_modules("b,c")] == [
+        "output_adapter"
+    ] * 2
+    run(model, ids)
 
 
 def test_fusion_over_different_locations(model):
@@ -637,6 +734,28 @@ def test_bad_models():
     assert type(bert) is BertModel
 
 
+def test_compiled_models(ids):
+    """`init` comes before `torch.compile`; afterwards the wrapper serves as well as the model."""
+    torch._dynamo.reset()
+    bert = BertModel(tiny.CONFIGS["bert"]).eval()
+    with pytest.raises(TypeError, match=r"init\(model\) before torch.compile\(model\)"):
+        fastfusion.init(torch.compile(bert, backend="eager"))
+    assert type(bert) is BertModel and "model_adapters" not in bert.__dict__
+    before = run(bert, ids)
+    fastfusion.init(bert)
+    compiled = torch.compile(bert, backend="eager")
+    fastfusion.init(compiled, backend="reference")
+    assert bert.model_adapters.backend == "reference"
+    tiny.add_fusion(bert, "ab")
+    torch.testing.assert_close(run(compiled, ids), run(bert, ids))
+    assert not torch.allclose(run(compiled, ids), before, atol=1e-3)
+    fastfusion.refresh(compiled)
+    fastfusion.restore(compiled)
+    assert type(bert) is BertModel
+    assert torch.equal(run(bert, ids), before)
+    torch.testing.assert_close(run(compiled, ids), before)
+
+
 @pytest.mark.parametrize("mode", ["inference", "eval", "train"])
 def test_compile(mode, ids):
     """One graph, no break; without gradients it follows changed weights."""
@@ -678,6 +797,7 @@ def test_compile(mode, ids):
             )
     for m in (model, other):
         _, fusion = next(m.model_adapters.fusion_modules(fuse.name))
+        tiny.optimizer_step()
         fusion.settle_temperature()
         assert fusion.temperature.item() == pytest.approx(49.95 if mode == "train" else 50.0)
 

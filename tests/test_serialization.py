@@ -1061,7 +1061,8 @@ def test_temperature(model, tmp_path):
 
     for i, module in enumerate(modules("t")):
         for _ in range(3 + i):
-            module.count_step()
+            module.count_forward(in_training=True)
+            module.count_optimizer_step()
             module.settle_temperature()
     files.save_adapter_fusion(model, tmp_path, "t")
     config = read_files(tmp_path, FUSION_FILES)[0]
@@ -1097,7 +1098,8 @@ def test_temperature_is_loaded_to_where_the_fusion_is(config, model, tmp_path):
     for stale in (torch.empty((), device="meta"), torch.tensor(7.0, dtype=torch.bfloat16)):
         for module in modules:
             module.temperature = stale
-            module.count_step()
+            module.count_forward(in_training=True)
+            module.count_optimizer_step()
         files.load_adapter_fusion(model, tmp_path, set_active=True)
         for module in modules:
             module.settle_temperature()
@@ -1367,6 +1369,12 @@ def exchange(tmp_path_factory):
     for path in (directory / "ours/safetensors/heads").iterdir():
         files.load_head(whole, path)
     whole.save_pretrained(directory / "ours/model")
+    for name, patched in (("bare", bare()), ("static", static())):
+        for adapter in ("a", "b"):
+            patched.add_adapter(adapter, config="double_seq_bn")
+        patched.add_adapter_fusion(["a", "b"], config="static")
+        randomize(patched)
+        patched.save_pretrained(directory / "ours/patched" / name)
     result = subprocess.run(
         [PEER, PEER_SCRIPT, GOLDEN / "models/bert", directory],
         capture_output=True,
@@ -1444,6 +1452,27 @@ def test_adapters_computes_the_same_from_our_files(exchange, kind):
             with torch.no_grad():
                 logits = model(input_ids=tokens).logits
             torch.testing.assert_close(logits, results[f"{name}/{head}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "name, kind", [("bare", "BertModel"), ("static", "BertForSequenceClassification")]
+)
+def test_patched_models_are_exchanged(exchange, name, kind):
+    _, _, directory = exchange
+    tokens = safetensors.torch.load_file(directory / "model.safetensors")["input_ids"]
+    for path in (directory / "ours/patched" / name, directory / "peer/patched" / name):
+        again = AutoAdapterModel.from_pretrained(path).eval()
+        again.set_active_adapters(Fuse("a", "b"))
+        with torch.no_grad():
+            outputs = again.base_model(input_ids=tokens, output_hidden_states=True)
+        for theirs in ("BertAdapterModel", kind):
+            expected = safetensors.torch.load_file(directory / f"{name} {theirs}.safetensors")
+            assert len(expected) > 1
+            for i, hidden_states in expected.items():
+                torch.testing.assert_close(
+                    outputs.hidden_states[int(i)], hidden_states, rtol=1e-5, atol=1e-5
+                )
 
 
 def test_python_of_the_tests_is_not_the_peers():

@@ -22,6 +22,7 @@ from transformers import (
 
 import fastfusion
 from fastfusion import AdapterTrainer, AutoAdapterModel, Fuse
+from fastfusion.composition import MultiTask
 
 NAMES = ("a", "b", "c")
 SETUP = Fuse(*NAMES)
@@ -250,6 +251,11 @@ def test_packed_weights_follow_a_fused_optimizer(tmp_path):
 # Checkpoints
 
 
+def folders(folder: Path) -> list[Path]:
+    """Where the heads of the second checkpoint lie."""
+    return sorted((folder / "checkpoint-2").rglob("head_config.json"))
+
+
 def checkpoint_files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -298,7 +304,14 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, name):
 
 
 def test_resume_brings_the_fusion_temperature(tmp_path):
-    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    """It falls once per optimizer step, whatever the number of micro-batches."""
+    args = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
 
     def model_with_temperature():
         model = tiny_model()
@@ -316,7 +329,7 @@ def test_resume_brings_the_fusion_temperature(tmp_path):
     )
     assert_same(values(resumed), values(model))
     buffers = [{n: b for n, b in m.named_buffers() if "temperature" in n} for m in (model, resumed)]
-    assert buffers[0] and all(value < 50 for value in buffers[0].values())
+    assert buffers[0] and all(abs(value - 49.8) < 1e-4 for value in buffers[0].values())
     assert_same(*buffers)
 
 
@@ -347,8 +360,11 @@ def test_resume_from_a_folder_without_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("name", [None, "named"])
-def test_best_model_is_loaded_at_the_end(tmp_path, name):
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_best_model_is_loaded_at_the_end(tmp_path, name, embeddings):
     model = tiny_model(name=name)
+    if embeddings:
+        model.get_input_embeddings().weight.requires_grad = True
     scores = iter([0.2, 0.9, 0.1])
     history = []
 
@@ -395,6 +411,63 @@ def test_static_head_is_saved_and_resumed(tmp_path):
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )
     assert_same(values(resumed), values(model))
+    # once, not in every adapter's folder
+    assert {str(p.relative_to(tmp_path / "checkpoint-2").parent) for p in folders(tmp_path)} == {
+        "."
+    }
+
+
+def test_checkpoint_of_adapters_with_a_static_head(tmp_path):
+    """`adapters` leaves it in every adapter's folder."""
+    config = tiny_config()
+    config.num_labels = 3
+    models = []
+    for seed in (0, 1):
+        set_seed(seed)
+        model = BertForSequenceClassification(config)
+        fastfusion.init(model)
+        model.add_adapter("a", config="seq_bn")
+        model.train_adapter("a")
+        models.append(model)
+    models[0].save_all_adapters(str(tmp_path), with_head=True)
+    make_trainer(models[1], tmp_path / "out")._load_from_checkpoint(str(tmp_path))
+    assert_same(*({k: v for k, v in values(m).items() if "classifier" in k} for m in models))
+
+
+def test_resume_brings_what_else_is_trained(tmp_path):
+    """Embeddings, and any other weight of the base model that was unfrozen."""
+
+    def trained(init_seed: int):
+        model = tiny_model(dropout=0.1, init_seed=init_seed)
+        model.train_adapter("a", train_embeddings=True)
+        model.bert.encoder.layer[0].output.LayerNorm.bias.requires_grad = True
+        return model
+
+    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model, resumed = trained(0), trained(1)
+    embeddings = model.get_input_embeddings().weight.clone()
+    make_trainer(model, tmp_path, **args).train()
+    assert not torch.equal(model.get_input_embeddings().weight, embeddings)
+    checkpoint = tmp_path / "checkpoint-3"
+    file = checkpoint / "trained_base_weights.safetensors"
+    assert set(load_file(file)) == {
+        "embeddings.word_embeddings.weight",
+        "encoder.layer.0.output.LayerNorm.bias",
+    }
+    training = set(trainable(resumed))
+    make_trainer(resumed, tmp_path / "resumed", **args).train(resume_from_checkpoint=checkpoint)
+    assert_same(values(resumed), values(model))
+    assert set(trainable(resumed)) == training
+
+    trainer = make_trainer(trained(2), tmp_path / "again", **args)
+    before = values(trainer.model)
+    save_file({"embeddings.word_embeddings.weight": torch.ones(2, 2)}, file)
+    with pytest.raises(ValueError, match=r"expected weights.*got \['embeddings.word_embeddings"):
+        trainer._load_from_checkpoint(str(checkpoint))
+    assert_same(values(trainer.model), before)
+    file.unlink()
+    with pytest.warns(UserWarning, match=r"lacks \['embeddings.word_embeddings.weight', "):
+        trainer._load_from_checkpoint(str(checkpoint))
 
 
 # Prediction, errors, plain Trainer
@@ -417,6 +490,41 @@ def test_predict(tmp_path):
     assert result.metrics["test_acc"] == (logits.argmax(1).numpy() == result.label_ids).mean()
 
 
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 5)], ids=["equal", "different"])
+def test_predict_rows_with_heads_of_their_own(tmp_path, sizes):
+    """Every row's logits, in the order of the data set, whatever heads a batch has."""
+    model = tiny_model()
+    for name, size in zip("ab", sizes, strict=True):
+        model.add_classification_head(name, num_labels=size)
+    model.train_adapter(MultiTask("a", "b"))
+    rows, tasks = make_rows(9), [0, 0, 0, 0, 1, 0, 1, 1, 1]
+    rows = [{**row, "task_ids": task} for row, task in zip(rows, tasks, strict=True)]
+    found = []
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        remove_unused_columns=False,
+        per_device_eval_batch_size=4,
+        trainer_kwargs={"compute_metrics": lambda p: found.append(p) or {}},
+    )
+    for is_labelled in (True, False):
+        given = rows if is_labelled else [{k: r[k] for k in r if k != "labels"} for r in rows]
+        predictions = trainer.predict(given).predictions
+        assert predictions.shape == (9, max(sizes))
+        for i, row in enumerate(rows):
+            with torch.no_grad():
+                (part,) = model.eval()(row["input_ids"][None], task_ids=torch.tensor([tasks[i]]))
+            size = sizes[tasks[i]]
+            np.testing.assert_allclose(
+                predictions[i, :size], part.logits[0].numpy(), rtol=1e-4, atol=1e-5
+            )
+            assert (predictions[i, size:] == -100).all()
+    assert [p.predictions.shape for p in found] == [(9, max(sizes))]
+    np.testing.assert_array_equal(found[0].label_ids, [row["labels"].item() for row in rows])
+    trainer.compute_metrics = None
+    assert trainer.evaluate(rows)["eval_loss"] > 0
+
+
 def test_adapter_names_activates_a_setup(tmp_path):
     model = tiny_model()
     model.train_adapter("a")
@@ -435,6 +543,21 @@ def test_needs_a_patched_model(tmp_path):
     model = BertForSequenceClassification(tiny_config())
     with pytest.raises(ValueError, match=r"fastfusion\.init\(model\)"):
         make_trainer(model, tmp_path)
+    with pytest.raises(ValueError, match=r"fastfusion\.init\(model\)"):
+        make_trainer(model, tmp_path, trainer_kwargs={"adapter_names": "a"})
+
+
+@pytest.mark.parametrize("name", ["glue/sst2", "x" * 300])
+def test_names_must_fit_a_checkpoint(tmp_path, name):
+    model = tiny_model()
+    model.add_adapter(name)
+    model.train_adapter(name)
+    before = values(model)
+    trainer = make_trainer(model, tmp_path / "out", max_steps=1, save_strategy="steps")
+    with pytest.raises(ValueError, match=f"no checkpoint can be written: name: '{name}' cannot"):
+        trainer.train()
+    assert_same(values(model), before)
+    make_trainer(model, tmp_path / "out", max_steps=1, save_strategy="no").train()
 
 
 def test_needs_a_frozen_model(tmp_path):

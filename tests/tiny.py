@@ -68,3 +68,10 @@ def bert(names: str = "abc", config: str = "double_seq_bn", **kwargs) -> nn.Modu
 
 def ids(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(2, 60, (batch, length))
+
+
+def optimizer_step() -> None:
+    """What ends a training step: some optimizer of the process has changed something."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.SGD([parameter], lr=0.1).step()
