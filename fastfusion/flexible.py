@@ -19,7 +19,7 @@ from .composition import BatchSplit, MultiTask, Parallel, Setup, Stack
 from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup, ForwardContext
 from .heads import FlexibleHeadsMixin, HeadRows, Heads, consecutive_rows, head_names
-from .model import ModelAdaptersMixin, init
+from .model import ModelAdaptersMixin, init, with_adapter_arguments
 from .patching import ARCHITECTURES, architecture_of
 from .rows import BASE, can_look_at, input_shape
 
@@ -43,6 +43,7 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             self.add_adapter_fusion(carried.fusion_names[name], fusion_config, name=name)
         self.init_heads()
 
+    @with_adapter_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
