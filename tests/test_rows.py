@@ -250,6 +250,34 @@ def test_gradients(architecture, mode, entries, kind):
             torch.testing.assert_close(parameter.grad, truth[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
+UNUSED = {
+    "a gate": "g",
+    "dropout": "dropout",
+    "a few rows' fusion": Fuse("a", "b"),
+    "a part of the tokens": Split("c", Stack("d", "g"), split_index=LENGTH),
+    "an Average over blocks": Average("d", Stack("a", "g")),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_what_a_routing_does_not_use_has_gradients_of_zeros(model, case):
+    """Also where it has a call of its own."""
+    model.add_adapter("dropout", "double_seq_bn[reduction_factor=8, dropout=0.5]")
+    model.routing(["c", UNUSED[case]])
+    model.train()
+    gradients = []
+    for numbers in ([0, 1], [0, 0]):
+        model.zero_grad()
+        output = model(tiny.ids(2, LENGTH), adapter_ids=torch.tensor(numbers))[0]
+        output.square().sum().backward()
+        own = [(n, p.grad) for n, p in model.named_parameters() if "adapter" in n]
+        gradients.append({name: grad for name, grad in own if grad is not None})
+    both, first = gradients
+    assert any(".adapters.c." not in name for name in both) and first.keys() == both.keys()
+    for name, grad in first.items():
+        assert grad.any() == (".adapters.c." in name), name
+
+
 def test_a_training_step_moves_only_what_rows_use(model):
     model.train_adapter("a")
     entries = ["a", BASE, "a"]
