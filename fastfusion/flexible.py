@@ -19,7 +19,7 @@ from .composition import BatchSplit, MultiTask, Parallel, Setup, Stack
 from .configuration import ModelAdaptersConfig
 from .context import AdapterSetup, ForwardContext
 from .heads import FlexibleHeadsMixin, HeadRows, Heads, consecutive_rows, head_names
-from .model import ModelAdaptersMixin, init
+from .model import ModelAdaptersMixin, init, with_adapter_arguments
 from .patching import ARCHITECTURES, architecture_of
 from .rows import BASE, can_look_at, input_shape
 
@@ -43,6 +43,7 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             self.add_adapter_fusion(carried.fusion_names[name], fusion_config, name=name)
         self.init_heads()
 
+    @with_adapter_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -63,7 +64,9 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             loss = sum(output.loss for output in outputs)
 
         Under a Parallel of C channels head i has the i-th B of the C * B rows that come out, and
-        all labels; under a BatchSplit it has the rows of its child. With `adapter_names`,
+        all labels; under a BatchSplit it has the rows of its child, behind a Parallel in one
+        channel after the other. Where no child of a BatchSplit has a head of its name, the active
+        one serves all rows. With `adapter_names`,
         `adapter_ids` or the `task_ids` of a MultiTask, each row goes through the head of its
         setup's last adapter; a setup without a head of its own, such as a Fuse or "__base__", has
         the active one. Without a Parallel, each of a list of active heads reads all rows; there is
@@ -129,62 +132,78 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
     def _heads_and_rows(
         self, head: Heads | None, batch_size: int, has_table: bool
     ) -> tuple[str | list[HeadRows] | None, int]:
-        """This forward's head, or its heads and their rows; and how many rows all channels have."""
+        """This forward's head, or its heads and their rows; and how many rows all channels have.
+
+        A head that is asked for comes first, then those of rows with setups of their own, then
+        those of the setup that runs.
+        """
         forward, context = ForwardContext.get_context(), AdapterSetup.get_context()
         argument = "head"
         if head is None and context is not None:
             head, argument = context.head_setup, "head_setup"
         heads = self.check_heads(head, argument)
-        is_asked = heads is not None
-
-        row_setups = None if forward is None else forward.row_setups
-        if row_setups is not None and not is_asked:
-            return self._heads_of_rows(row_setups, forward.row_numbers, has_table), batch_size
-        setup = self._setups(None)[0] if row_setups is None else None
+        setups, numbers = forward.row_setups, forward.row_numbers
+        setup = self._setups(None)[0] if setups is None else None
         channels = 1 if setup is None else setup.parallel_channels
         size = channels * batch_size
-        last = _last(setup)
-        if isinstance(last, MultiTask) and not is_asked and any(map(self._own_head, last)):
-            return self._heads_of_rows(list(last), forward.row_numbers.repeat(channels)), size
 
-        if not is_asked:
-            heads = self._heads_of_context() or self.active_head
-            brought = _heads_of(setup) if heads is None and channels > 1 else None
-            if any(name in self.heads for name in head_names(brought)):
-                self._check_heads(brought, setup, "active_head")
+        if heads is None:
+            last = _last(setup)
+            if isinstance(last, MultiTask) and any(map(self._own_head, last)):
+                setups, numbers = list(last), numbers.repeat(channels)
+            if setups is not None:
+                return self._heads_of_rows(setups, numbers, has_table), size
+            heads, argument = self._heads_of_setup(setup, context is not None), "active_head"
+        elif isinstance(heads, str) and channels > 1:
+            heads = [heads] * channels
+
         if isinstance(heads, BatchSplit):
-            return consecutive_rows(heads, size), size
+            return consecutive_rows(heads, batch_size, channels, argument), size
         if heads is not None and channels > 1:
-            names = [heads] * channels if is_asked and isinstance(heads, str) else heads
-            _check_channels(names, setup, argument if is_asked else "active_head")
+            if isinstance(heads, str) or len(heads) != channels:
+                raise ValueError(
+                    f"{argument}: expected a list of {channels} heads, one for each channel of "
+                    f"{setup!r}; got {heads!r}"
+                )
             rows = [slice(i * batch_size, (i + 1) * batch_size) for i in range(channels)]
-            return list(map(HeadRows, names, rows)), size
+            return list(map(HeadRows, heads, rows)), size
         if isinstance(heads, list):
             return [HeadRows(name, None) for name in heads], size
         return heads, size
 
-    def _heads_of_context(self) -> Heads | None:
-        """The heads that the setup of an `AdapterSetup` brings along.
+    def _heads_of_setup(self, setup: Setup | None, is_context: bool) -> Heads | None:
+        """The heads that go with the setup of a forward: a context's own, else the active ones.
+
+        Args:
+            setup: of an `AdapterSetup`, or the active one, whose own heads `set_active_adapters`
+                has made the active ones.
+            is_context: which of the two.
 
         Raises:
-            ValueError: some child of a Parallel or BatchSplit has none.
+            ValueError: some children of a Parallel or BatchSplit have heads of their names and some
+                not, and no others were chosen for each child.
         """
-        setup = AdapterSetup.get_context_adapter_setup()
-        heads = _heads_of(setup)
-        if any(name not in self.heads for name in head_names(heads)):
-            self._check_heads(heads, setup, "head_setup")
-            return None
-        return self.check_heads(heads, "head_setup")
-
-    def _check_heads(self, heads: Heads | None, setup: Setup, argument: str) -> None:
-        """Raise a ValueError where a child of a Parallel or BatchSplit has no head of its name, if
-        the model has any."""
-        missing = [name for name in head_names(heads) if name not in self.heads]
-        if missing and not isinstance(heads, str) and len(self.heads) > 0:
+        own, active = _heads_of(setup), self.active_head
+        names = head_names(own)
+        missing = [name for name in names if name not in self.heads]
+        if is_context and names and not missing:
+            return self.check_heads(own, "head_setup")
+        is_partial = 0 < len(missing) < len(names)
+        if is_context:
+            # a head for each child is there for the children of the active setup
+            is_wrong = is_partial or (len(names) > 1 and isinstance(active, (list, BatchSplit)))
+        elif isinstance(own, BatchSplit):
+            # another head may be there from before; a BatchSplit of them was chosen
+            is_wrong = is_partial and not isinstance(active, BatchSplit)
+        else:
+            is_wrong = is_partial and active is None
+        if is_wrong:
+            argument = "head_setup" if is_context else "active_head"
             raise ValueError(
                 f"{argument}: expected a head for each child of {setup!r}; the model has none for "
                 f"{missing}"
             )
+        return active
 
     def _own_head(self, setup: Setup | None) -> str | None:
         """The head of a row's or task's last adapter, if there is one."""
@@ -286,15 +305,6 @@ def _heads_of(setup: Setup | None) -> Heads | None:
         return last if isinstance(last, str) else None
     names = [child if isinstance(child, str) else child.last() for child in last]
     return names if isinstance(last, Parallel) else BatchSplit(*names, batch_sizes=last.batch_sizes)
-
-
-def _check_channels(heads: Heads, setup: Setup, argument: str) -> None:
-    channels = setup.parallel_channels
-    if isinstance(heads, str) or len(heads) != channels:
-        raise ValueError(
-            f"{argument}: expected a list of {channels} heads, one for each channel of {setup!r}; "
-            f"got {heads!r}"
-        )
 
 
 def _check_labels(labels: Tensor | None, batch_size: int) -> None:

@@ -383,19 +383,27 @@ class HeadRows(NamedTuple):
         return value[self.rows]
 
 
-def consecutive_rows(heads: BatchSplit, size: int) -> list[HeadRows]:
-    """The rows of a BatchSplit's heads.
+def consecutive_rows(
+    heads: BatchSplit, batch_size: int, channels: int = 1, argument: str = "active_head"
+) -> list[HeadRows]:
+    """The rows of a BatchSplit's heads, in each channel of a Parallel.
+
+    Args:
+        heads: with their numbers of rows.
+        batch_size: rows of one channel.
+        channels: how many follow one another.
+        argument: what the caller's user calls the heads, for errors.
 
     Raises:
         ValueError: the batch has another size.
     """
-    if sum(heads.batch_sizes) != size:
+    if sum(heads.batch_sizes) != batch_size:
         raise ValueError(
-            f"active_head: expected a batch of {sum(heads.batch_sizes)} rows for {heads!r}; "
-            f"got {size}"
+            f"{argument}: expected a batch of {sum(heads.batch_sizes)} rows for {heads!r}; "
+            f"got {batch_size}"
         )
     parts, start = [], 0
-    for name, count in zip(heads, heads.batch_sizes, strict=True):
+    for name, count in zip([*heads] * channels, heads.batch_sizes * channels, strict=True):
         parts.append(HeadRows(name, slice(start, start + count)))
         start += count
     return parts
@@ -658,7 +666,7 @@ class FlexibleHeadsMixin:
             return self.heads[heads](all_outputs, return_dict=return_dict, **arguments)
         size = len(all_outputs[0])
         if isinstance(heads, BatchSplit):
-            parts = consecutive_rows(heads, size)
+            parts = consecutive_rows(heads, size, argument="head_name")
         else:
             parts = [HeadRows(name, None) for name in heads]
         return self.forward_head_rows(all_outputs, parts, size, return_dict, **arguments)

@@ -182,6 +182,20 @@ class GroupedCall:
         return hidden
 
 
+class _Unused(torch.autograd.Function):
+    """Parameters that no row uses: they get gradients of zeros, as in a group, for a small part of
+    what a call with no rows would cost."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.saved_tensors)
+
+
 class LoneCall:
     """One stage on its whole region: what it does to a token may depend on all others there.
 
@@ -202,7 +216,9 @@ class LoneCall:
         part = self._part(shape, around)
         own = part.of(state.hidden)
         if own.numel() == 0:
-            return state.hidden
+            parameters = [p for p in self._step.parameters() if p.requires_grad]
+            is_recorded = torch.is_grad_enabled() and len(parameters) > 0
+            return _Unused.apply(state.hidden, *parameters) if is_recorded else state.hidden
         around = around._replace(
             input=part.of(around.input),
             record=functools.partial(part.record, around.record, shape),

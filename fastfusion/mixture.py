@@ -479,8 +479,6 @@ _LIBRARY.define(
     "adapter_fusion_norm_packed(Tensor hidden, Tensor input, Tensor ln_weight, Tensor ln_bias, "
     f"float ln_eps, bool ln_before, {_PACKED}) -> (Tensor, Tensor)"
 )
-
-
 _LIBRARY.define(
     "adapter_fusion_grouped_packed(Tensor x, Tensor? residual, Tensor groups, Tensor[] tensors, "
     "int max_scored, int mixture, str? backend) -> (Tensor, Tensor)"
@@ -492,20 +490,23 @@ def _looked_up(mixture, absorbed, like, tensors, temperature):
     return weights._replace(temperature=scaled(temperature, weights.temperature))
 
 
-def _adapter_fusion_packed(x, query, residual, tensors, temperature, _, mixture, absorbed, backend):
+@torch.library.impl(_LIBRARY, "adapter_fusion_packed", "CompositeExplicitAutograd")
+def _(x, query, residual, tensors, temperature, _, mixture, absorbed, backend):
     weights = _looked_up(mixture, absorbed, x[0], tensors, temperature)
     with torch.no_grad():
         return adapter_fusion(x, query, residual, weights, backend=backend)
 
 
-def _adapter_fusion_norm_packed(hidden, input, *args):
+@torch.library.impl(_LIBRARY, "adapter_fusion_norm_packed", "CompositeExplicitAutograd")
+def _(hidden, input, *args):
     *norm, tensors, temperature, _, mixture, absorbed, backend = args
     weights = _looked_up(mixture, absorbed, hidden, tensors, temperature)
     with torch.no_grad():
         return adapter_fusion_norm(hidden, input, *norm, weights, backend=backend)
 
 
-def _adapter_fusion_grouped_packed(x, residual, groups, tensors, _, mixture, backend):
+@torch.library.impl(_LIBRARY, "adapter_fusion_grouped_packed", "CompositeExplicitAutograd")
+def _(x, residual, groups, tensors, _, mixture, backend):
     weights = _packed[mixture].packed_weights(True, x, tensors)
     with torch.no_grad():
         return adapter_fusion_grouped(x, residual, groups, weights, backend=backend)
@@ -517,12 +518,6 @@ def _fake_packed(like: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
     return like.new_empty(like.shape), like.new_empty(shape, dtype=dtype)
 
 
-_LIBRARY.impl("adapter_fusion_packed", _adapter_fusion_packed, "CompositeExplicitAutograd")
-_LIBRARY.impl(
-    "adapter_fusion_norm_packed", _adapter_fusion_norm_packed, "CompositeExplicitAutograd"
-)
-
-
 @torch.library.register_fake("fastfusion::adapter_fusion_packed", lib=_LIBRARY)
 def _(x, query, residual, tensors, temperature, num_adapters, *_):
     return _fake_packed(x[0], num_adapters)
@@ -531,11 +526,6 @@ def _(x, query, residual, tensors, temperature, num_adapters, *_):
 @torch.library.register_fake("fastfusion::adapter_fusion_norm_packed", lib=_LIBRARY)
 def _(hidden, input, weight, bias, eps, before, tensors, temperature, num_adapters, *_):
     return _fake_packed(hidden, num_adapters)
-
-
-_LIBRARY.impl(
-    "adapter_fusion_grouped_packed", _adapter_fusion_grouped_packed, "CompositeExplicitAutograd"
-)
 
 
 @torch.library.register_fake("fastfusion::adapter_fusion_grouped_packed", lib=_LIBRARY)

@@ -750,16 +750,13 @@ def _cached_tokens(
     return int(cache.get_seq_length())
 
 
-@functools.cache
-def _patched_class(original: type) -> type:
-    """The subclass that a patched instance becomes one of; it keeps the name for saved configs."""
+def with_adapter_arguments(forward: Callable) -> Callable:
+    """A forward whose signature names what it takes for its adapters.
 
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
-        return self._forward_with_adapters(super(patched, self).forward, args, kwargs)
-
-    # generate() and Trainer look there for the arguments that they may pass on
-    signature = inspect.signature(original.forward)
+    generate() and Trainer look there for the arguments that they may pass on: a Trainer takes all
+    other columns out of its data.
+    """
+    signature = inspect.signature(forward)
     *parameters, last = signature.parameters.values()
     own = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -768,6 +765,17 @@ def _patched_class(original: type) -> type:
     is_open = last.kind is inspect.Parameter.VAR_KEYWORD
     parameters += [*own, last] if is_open else [last, *own]
     forward.__signature__ = signature.replace(parameters=parameters)
+    return forward
+
+
+@functools.cache
+def _patched_class(original: type) -> type:
+    """The subclass that a patched instance becomes one of; it keeps the name for saved configs."""
+
+    @with_adapter_arguments
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        return self._forward_with_adapters(super(patched, self).forward, args, kwargs)
 
     members = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
     members["__wrapped_class__"] = original

@@ -1,6 +1,7 @@
 """The stages of a plan with the modules that they name: what runs on one lane's hidden states."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,6 +43,8 @@ class State(NamedTuple):
 
 class InnerPlan(Protocol):
     """A plan inside a stage: an Average's child."""
+
+    steps: "list[Step]"
 
     def run(self, state: State, around: Around, is_inner: bool) -> Tensor:
         """What leaves its lanes."""
@@ -109,6 +112,16 @@ class Step:
             return all(adapter.is_plain() for adapter in mixture.adapters)
         # stochastic depth has a factor for each row and adapter: no packed weights hold that
         return not any(map(_drops_path, mixture.adapters))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of all adapters and fusions that the stage runs."""
+        if self.mixture is not None:
+            for module in (*self.mixture.adapters, self.mixture.fusion):
+                if module is not None:
+                    yield from module.parameters()
+        inner = itertools.chain(*filter(None, self.before), *(plan.steps for plan in self.plans))
+        for step in inner:
+            yield from step.parameters()
 
     def _run_single(self, adapter: Adapter, state: State, around: Around) -> Tensor:
         x, residual = state

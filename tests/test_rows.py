@@ -6,21 +6,15 @@ Each row is compared with a forward of that row alone under an `AdapterSetup`.
 import contextlib
 import copy
 import gc
-import inspect
 import io
 import weakref
 
 import pytest
 import tiny
 import torch
+from row_models import BASE, ENTRIES, GROUPED, LENGTH, add_adapters, alone, close, make, setup_of
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertLMHeadModel,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import fastfusion
 from fastfusion import AdapterSetup, AutoAdapterModel
@@ -35,83 +29,6 @@ from fastfusion.composition import (
     parse_composition,
 )
 from fastfusion.lanes import LoneCall
-
-BASE = "__base__"
-LENGTH = 7
-# fp64: far above rounding and far below any mistake; the others: a few units of rounding of
-# numbers around 1, through two layers
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
-    torch.float32: {"rtol": 1e-4, "atol": 2e-5},
-}
-ENTRIES = [
-    "a",
-    BASE,
-    "c",
-    Stack("a", "b"),
-    Fuse("a", "b"),
-    Split("a", "b", splits=[3, 4]),
-    Average("a", "b", "d", weights=[1, 2, 3]),
-    Stack("b", Fuse("a", "b")),
-    Split("b", "d", split_index=2),
-    Fuse(Stack("d", "a"), "b"),
-    "g",
-    "missing in layer 0",
-]
-# those whose lanes go through one call of the op per stage
-GROUPED = ["a", BASE, "b", Stack("a", "b"), Fuse("a", "b"), Split("a", "b", splits=[3, 4])]
-
-
-def make(architecture="bert", dtype=torch.float32, backend=None, **overrides):
-    """A model with adapters of all kinds, nothing active and no dropout."""
-    torch.manual_seed(1)
-    config = copy.deepcopy(tiny.CONFIGS[architecture])
-    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout")
-    for name, value in {
-        **dict.fromkeys(dropouts, 0.0),
-        "attention_dropout": 0.0,
-        **overrides,
-    }.items():
-        setattr(config, name, value)
-    model = AutoModel.from_config(config).eval()
-    tiny.randomize_norms(model)
-    fastfusion.init(model, backend=backend)
-    add_adapters(model)
-    return model.to(dtype).eval()
-
-
-def add_adapters(model: nn.Module) -> None:
-    for name, adapter in {
-        "a": "double_seq_bn[reduction_factor=4]",
-        "b": "double_seq_bn[reduction_factor=8, non_linearity='gelu', original_ln_before=True]",
-        "c": "par_bn[reduction_factor=8]",
-        "d": "double_seq_bn[reduction_factor=2, scaling=2.0, non_linearity='tanh']",
-        "g": "double_seq_bn[reduction_factor=8, use_gating=True, ln_before=True]",
-        "missing in layer 0": "double_seq_bn[reduction_factor=8, leave_out=[0]]",
-        "missing in layer 1": "double_seq_bn[reduction_factor=8, leave_out=[1]]",
-    }.items():
-        model.add_adapter(name, adapter)
-    model.add_adapter_fusion(["a", "b"])
-    tiny.randomize(model)
-    fastfusion.refresh(model)
-
-
-def setup_of(entry):
-    return None if entry == BASE else entry
-
-
-def alone(model, entries, ids, **kwargs):
-    """Each row by itself under its own setup."""
-    outputs = []
-    for i, entry in enumerate(entries):
-        own = {name: value[i : i + 1] for name, value in kwargs.items()}
-        with AdapterSetup(setup_of(entry)):
-            outputs.append(model(ids[i : i + 1], **own)[0])
-    return torch.cat(outputs)
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, **TOLERANCE[expected.dtype])
 
 
 def close_in_low_precision(actual, plain, truth):
@@ -248,6 +165,30 @@ def test_gradients(architecture, mode, entries, kind):
         else:
             # sums over the rows
             torch.testing.assert_close(parameter.grad, truth[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+UNUSED = {
+    "a gate": "g",
+    "dropout": "dropout",
+    "a few rows' fusion": Fuse("a", "b"),
+    "a part of the tokens": Split("b", Stack("d", "g"), split_index=LENGTH),
+    "an Average over blocks": Average("d", Stack("a", "g")),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_what_a_routing_does_not_use_has_gradients_of_zeros(model, case):
+    """Also where it has a call of its own."""
+    model.add_adapter("dropout", "double_seq_bn[reduction_factor=8, dropout=0.5]")
+    model.routing(["c", UNUSED[case]])
+    model.train()
+    output = model(tiny.ids(2, 3), adapter_ids=torch.tensor([0, 0]))[0]
+    output.square().sum().backward()
+    places = [f".adapters.{name}." for name in parse_composition(UNUSED[case]).flatten()]
+    places += [".adapter_fusion_layer."] * isinstance(UNUSED[case], Fuse)
+    for name, parameter in model.named_parameters():
+        if any(place in name for place in places):
+            assert parameter.grad is not None and not parameter.grad.any(), name
 
 
 def test_a_training_step_moves_only_what_rows_use(model):
@@ -432,179 +373,6 @@ def test_what_is_random_in_training():
         for row, entry in enumerate(entries):
             is_random = entry != BASE and {"p", "s"} & set(parse_composition(entry).flatten())
             assert torch.allclose(actual[row], resting[row], atol=1e-4) != bool(is_random)
-
-
-# -- key-value caches -----------------------------------------------------------------------------
-
-DECODED = {
-    "Split": Split("a", "b", split_index=5),
-    "Split in a Stack": Stack("d", Split("a", "b", split_index=2)),
-    "calls of their own": Split("g", "d", split_index=4),
-    "nested": Split("a", Split("b", "d", split_index=3), split_index=2),
-    "inside an Average": Average(Split("a", "b", split_index=5), "d"),
-    "Average behind a cut": Split("a", Average(Stack("a", "b"), "d"), split_index=3),
-}
-
-
-def decoder():
-    torch.manual_seed(1)
-    config = BertConfig(**tiny.SIZES, is_decoder=True)
-    model = BertLMHeadModel(config).eval()
-    tiny.randomize_norms(model)
-    fastfusion.init(model)
-    add_adapters(model)
-    return model.eval()
-
-
-def decoded(model, ids, steps, **arguments):
-    """The logits of a sequence that comes piece by piece."""
-    cache, outputs, start = None, [], 0
-    for count in steps:
-        piece = ids[:, start : start + count]
-        output = model(piece, past_key_values=cache, use_cache=True, **arguments)
-        cache, start = output.past_key_values, start + count
-        outputs.append(output.logits)
-    return torch.cat(outputs, dim=1)
-
-
-@pytest.mark.parametrize("kind", ["setup", "adapter_names", "adapter_ids"])
-@pytest.mark.parametrize("name", DECODED)
-def test_tokens_are_counted_from_the_start_of_the_cache(name, kind):
-    """A gate is the mean over the tokens of one forward, so a literal walk by positions it is."""
-    model, ids = decoder(), tiny.ids(3, 9)
-    setup, arguments = DECODED[name], {}
-    if kind == "setup":
-        model.set_active_adapters(setup)
-    else:
-        arguments = {"adapter_names": [setup, "a", BASE]}
-    if kind == "adapter_ids":
-        arguments = {"adapter_ids": model.routing(arguments["adapter_names"])}
-    steps = [3, 1, 2, 1, 1, 1]
-    with torch.no_grad():
-        if name == "calls of their own":
-            # the gate sees the tokens of its own forward: positions 0-2, and 3
-            model.set_backend("reference")
-            expected = decoded(model, ids, steps, **arguments)
-            model.set_backend(None)
-            first = model(ids[:, :3], **arguments).logits
-            close(expected[:, :3], first)
-        else:
-            expected = model(ids, **arguments).logits
-        close(decoded(model, ids, steps, **arguments), expected)
-
-
-def test_generation_with_a_cache():
-    model, ids = decoder(), tiny.ids(2, 4)
-    model.set_active_adapters(Split("a", "b", split_index=6))
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad():
-        found = model.generate(ids, use_cache=True, **options)
-        assert torch.equal(found, model.generate(ids, use_cache=False, **options))
-        # the second part matters
-        logits = model(found).logits
-        model.set_active_adapters("a")
-        assert not torch.allclose(model(found).logits[:, 6:], logits[:, 6:])
-
-
-def test_generation_with_a_setup_for_each_row():
-    """generate() takes the arguments, and repeats numbers for its beams."""
-    model, ids = decoder(), tiny.ids(3, 4)
-    entries = ["a", Split("a", "b", split_index=6), BASE]
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad():
-        for beams in (1, 3):
-            expected = []
-            for row, entry in enumerate(entries):
-                with AdapterSetup(setup_of(entry)):
-                    own = ids[row : row + 1]
-                    expected.append(model.generate(own, num_beams=beams, **options))
-            numbers = model.routing(entries)
-            actual = model.generate(ids, adapter_ids=numbers, num_beams=beams, **options)
-            assert torch.equal(actual, torch.cat(expected))
-            if beams == 1:
-                actual = model.generate(ids, adapter_names=entries, **options)
-                assert torch.equal(actual, torch.cat(expected))
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_with_a_parallel(beams):
-    """Channel after channel, as the forward returns them."""
-    model, ids = decoder(), tiny.ids(2, 4)
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
-    children = ["a", Stack("d", "a"), "d"]
-    with torch.no_grad():
-        expected = []
-        for child in children:
-            model.set_active_adapters(child)
-            expected.append(model.generate(ids, attention_mask=mask, **options))
-        model.set_active_adapters(Parallel(*children))
-        actual = model.generate(ids, attention_mask=mask, **options)
-        assert torch.equal(actual, torch.cat(expected))
-        # greedy words of random weights may agree
-        assert len({tuple(words.flatten().tolist()) for words in expected}) > 1
-        with AdapterSetup("a"):
-            assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected[0])
-        names = model.generate(
-            ids, attention_mask=mask, adapter_ids=model.routing(["d", "a"]), **options
-        )
-        assert len(names) == 2
-
-
-def test_copies_that_the_rows_hold_already():
-    model, ids = decoder(), tiny.ids(2, 5)
-    model.set_active_adapters(Parallel("a", "b"))
-    with torch.no_grad():
-        expected = model(ids).logits
-        actual = model(ids.repeat(2, 1), adapter_input_parallelized=True).logits
-        close(actual, expected)
-    with pytest.raises(
-        ValueError, match="adapter_input_parallelized: expected a batch of 2 copies"
-    ):
-        model(tiny.ids(3, 5), adapter_input_parallelized=True)
-
-
-def test_a_cache_by_position():
-    model, ids = decoder(), tiny.ids(2, 7)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    with torch.no_grad(), AdapterSetup(Split("a", "b", split_index=5)):
-        caches = [model(ids[:, :6], use_cache=True).past_key_values for _ in range(2)]
-        expected = model(ids[:, 6:], past_key_values=caches[0]).logits
-        before = [None] * names.index("past_key_values")
-        before[0] = ids[:, 6:]
-        close(model(*before, caches[1]).logits, expected)
-
-
-def test_a_parallel_with_cross_attention():
-    torch.manual_seed(1)
-    config = BertConfig(**tiny.SIZES, is_decoder=True, add_cross_attention=True)
-    model = BertLMHeadModel(config).eval()
-    fastfusion.init(model)
-    add_adapters(model)
-    model.eval()
-    ids, encoded = tiny.ids(2, LENGTH), torch.randn(2, 5, 32)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    arguments = {"encoder_hidden_states": encoded, "encoder_attention_mask": mask}
-    with torch.no_grad():
-        with AdapterSetup(Parallel("a", "d")):
-            actual = model(ids, **arguments).logits
-        for channel, name in zip(actual.chunk(2), "ad", strict=True):
-            with AdapterSetup(name):
-                close(channel, model(ids, **arguments).logits)
-
-
-def test_a_split_of_a_whole_sequence_with_a_cache():
-    """The sum of the parts is the length with what the cache holds."""
-    model, ids = decoder(), tiny.ids(2, 7)
-    with torch.no_grad():
-        cache = model(ids[:, :3], use_cache=True).past_key_values
-        with AdapterSetup(Split("a", "b", splits=[3, 4])):
-            with pytest.raises(ValueError, match=r"splits: expected sequences of 7 .* got 4"):
-                model(ids[:, 3:])
-            tail = model(ids[:, 3:], past_key_values=cache).logits
-        with AdapterSetup("b"):
-            cache = model(ids[:, :3], use_cache=True).past_key_values
-        assert tail.shape[1] == 4
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -1052,97 +820,3 @@ def alone_logits(model, entries, ids):
         with AdapterSetup(setup_of(entry)):
             outputs.append(model(ids[i : i + 1]).logits)
     return torch.cat(outputs)
-
-
-# -- compiled -------------------------------------------------------------------------------------
-
-COMPILED = {
-    "single": "a",
-    "Stack": Stack("a", "b"),
-    "Fuse": Fuse("a", "b"),
-    "Fuse over a Stack": Fuse(Stack("d", "a"), "b"),
-    "Split": Split("a", "b", splits=[3, 4]),
-    "Split, open": Split("a", "b", split_index=2),
-    "Split, one by one": Split("g", "a", splits=[3, 4]),
-    "BatchSplit": BatchSplit("a", "b", batch_sizes=[1, 3]),
-    "Parallel": Parallel("a", "b"),
-    "Average": Average("a", "b"),
-    "Average over a Stack": Average(Stack("a", "b"), "d"),
-    "MultiTask": MultiTask("a", Stack("b", "a")),
-    "MultiTask, one by one": MultiTask("a", "c"),
-}
-
-
-def compiled_gives_the_same(model, calls, recorded, backend="aot_eager"):
-    """One graph without a break for all calls; where recorded, with the same gradients."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    with torch.set_grad_enabled(recorded):
-        for ids, arguments in calls:
-            results = []
-            for forward in (model, compiled):
-                model.zero_grad()
-                out = forward(ids, **arguments)[0]
-                if recorded:
-                    out.square().sum().backward()
-                grads = {
-                    n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-                }
-                results.append((out.detach(), grads))
-            (expected, truth), (actual, grads) = results
-            close(actual, expected)
-            # a compiled graph gives zeros to what no gradient reaches, such as the pooler
-            assert grads.keys() >= truth.keys()
-            assert not any(grad.any() for name, grad in grads.items() if name not in truth)
-            for name, grad in truth.items():
-                # sums over rows and tokens
-                bound = 1e-4 * max(1.0, grad.abs().max().item())
-                torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=bound, msg=name)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_blocks(name, recorded):
-    model = make(num_hidden_layers=1)
-    model.set_active_adapters(COMPILED[name])
-    tasks = [[0, 1, 1, 0], [1, 1, 1, 1]]
-    is_task = isinstance(COMPILED[name], MultiTask)
-    calls = [(tiny.ids(4, LENGTH), {"task_ids": torch.tensor(t)} if is_task else {}) for t in tasks]
-    compiled_gives_the_same(model, calls, recorded)
-
-
-@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
-def test_compiled_rows_with_a_head(recorded):
-    """One head for all rows: the outputs' sizes do not depend on the numbers."""
-    torch.manual_seed(1)
-    config = BertConfig(**tiny.SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = AutoAdapterModel.from_config(config)
-    add_adapters(model)
-    model.add_classification_head("h", num_labels=3)
-    model.eval()
-    numbers = model.routing(ENTRIES)
-    ids = tiny.ids(len(ENTRIES), LENGTH)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    with torch.set_grad_enabled(recorded):
-        for own in (numbers, numbers.flip(0)):
-            (actual,), (expected,) = (m(ids, adapter_ids=own) for m in (compiled, model))
-            close(actual.logits.detach(), expected.logits.detach())
-            assert torch.equal(actual.rows, torch.arange(len(ENTRIES)))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("entries", [GROUPED, ENTRIES], ids=["one call", "calls of their own"])
-def test_compiled_rows(entries, backend, recorded):
-    """Other numbers of the same shape run the same graph."""
-    model = make(num_hidden_layers=1)
-    numbers = model.routing(entries)
-    ids = tiny.ids(len(entries), LENGTH)
-    orders = [numbers, numbers.flip(0), numbers[torch.randint(len(numbers), (len(numbers),))]]
-    calls = [(ids, {"adapter_ids": own}) for own in orders]
-    compiled_gives_the_same(model, calls, recorded, backend)

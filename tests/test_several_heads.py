@@ -188,6 +188,52 @@ def test_batch_split(model, batch, wrapped):
     assert [list(own.logits.shape) for own in output] == [[5, 3], [0, 2]]
 
 
+def test_batch_split_behind_a_parallel(model, batch):
+    """The parts are those of each copy of the batch, channel after channel."""
+    setup = Stack(Parallel("a", "d"), BatchSplit("b", "c", batch_sizes=[1, 4]))
+    model.set_active_adapters(setup)
+    parts = [("b", [0]), ("c", [1, 2, 3, 4])]
+    expected = [
+        alone(model, Stack(channel, child), child, rows_of(batch, rows))
+        for channel in "ad"
+        for child, rows in parts
+    ]
+    check_parts(model(**batch), expected)
+    with AdapterSetup(setup, head_setup=BatchSplit("b", "c", batch_sizes=[1, 4])):
+        check_parts(model(**batch), expected)
+    with pytest.raises(ValueError, match="head: expected a batch of 10 rows.*got 5"):
+        model(**batch, head=BatchSplit("b", "c", batch_sizes=[2, 8]))
+
+
+def test_one_head_for_a_batch_split(model, batch):
+    """One that was chosen, or the active one where no child has a head of its own."""
+    setup = BatchSplit("a", "d", batch_sizes=[2, 3])
+    parts = [("a", [0, 1]), ("d", [2, 3, 4])]
+
+    def logits(parts):
+        ones = [alone(model, name, "spare", rows_of(batch, rows)).logits for name, rows in parts]
+        return torch.cat(ones)
+
+    expected = logits(parts)
+    model.set_active_adapters(setup)
+    torch.testing.assert_close(model(**batch, head="spare").logits, expected)
+    with AdapterSetup(setup, head_setup="spare"):
+        torch.testing.assert_close(model(**batch).logits, expected)
+    model.active_head = BatchSplit("spare", "spare", batch_sizes=[2, 3])
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+    model.set_active_adapters(BatchSplit("a", "b", batch_sizes=[2, 3]))
+    model.active_head = "spare"
+    torch.testing.assert_close(model(**batch).logits, logits([("a", [0, 1]), ("b", [2, 3, 4])]))
+
+    model.delete_head("a")
+    model.active_head = "spare"
+    with AdapterSetup(setup):
+        torch.testing.assert_close(model(**batch).logits, expected)
+    model.set_active_adapters(setup)
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
 def test_head_without_rows_has_no_loss(model, batch):
     model.set_active_adapters(BatchSplit("a", "b", batch_sizes=[5, 0]))
     output = model(**batch)
@@ -474,6 +520,37 @@ BAD_CALLS = {
             m(**b),
         ),
         r"active_head: expected a head for each child of Parallel\('a', 'd'\).*none for \['d'\]",
+    ),
+    "a BatchSplit lacks a head": (
+        lambda m, b: (
+            m.set_active_adapters(BatchSplit("a", "d", batch_sizes=[2, 3])),
+            setattr(m, "active_head", "a"),
+            m(**b),
+        ),
+        r"active_head: expected a head for each child of BatchSplit\('a', 'd'.*none for \['d'\]",
+    ),
+    "a BatchSplit lacks a head and none is active": (
+        lambda m, b: (
+            m.set_active_adapters(BatchSplit("d", "a", batch_sizes=[2, 3])),
+            setattr(m, "active_head", None),
+            m(**b),
+        ),
+        r"active_head: .*none for \['d'\]",
+    ),
+    "a BatchSplit lacks a head behind a Parallel that had its own": (
+        lambda m, b: (
+            m.set_active_adapters(Parallel("a", "b")),
+            m.set_active_adapters(BatchSplit("a", "d", batch_sizes=[2, 3])),
+            m(**b),
+        ),
+        r"active_head: .*none for \['d'\]",
+    ),
+    "a context's BatchSplit has no heads, the active setup's children have": (
+        lambda m, b: (
+            m.set_active_adapters(Parallel("a", "b")),
+            run_in(AdapterSetup(BatchSplit("d", Stack("a", "d"), batch_sizes=[2, 3])), m, b),
+        ),
+        r"head_setup: .*none for \['d', 'd'\]",
     ),
     "a context's Parallel lacks a head": (
         lambda m, b: run_in(AdapterSetup(Parallel("a", "d")), m, b),

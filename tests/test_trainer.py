@@ -22,7 +22,7 @@ from transformers import (
 
 import fastfusion
 from fastfusion import AdapterTrainer, AutoAdapterModel, Fuse
-from fastfusion.composition import MultiTask
+from fastfusion.composition import MultiTask, Parallel
 
 NAMES = ("a", "b", "c")
 SETUP = Fuse(*NAMES)
@@ -584,6 +584,35 @@ def test_plain_trainer(tmp_path):
     assert changed and all("adapter_fusion_layer" in key or "heads." in key for key in changed)
     reloaded = AutoAdapterModel.from_pretrained(str(tmp_path / "checkpoint-2"))
     assert_same(values(reloaded), values(model))
+
+
+@pytest.mark.parametrize("trainer_class", [AdapterTrainer, Trainer])
+@pytest.mark.parametrize(
+    ("setup", "column"),
+    [(Parallel(*NAMES), "adapter_ids"), (MultiTask(*NAMES), "task_ids")],
+    ids=["adapter_ids", "task_ids"],
+)
+def test_rows_with_setups_of_their_own(tmp_path, trainer_class, setup, column):
+    """The data say which row has which adapter and head: those alone move."""
+    set_seed(0)
+    model = AutoAdapterModel.from_config(tiny_config())
+    for name in NAMES:
+        model.add_adapter(name)
+        model.add_classification_head(name, num_labels=3)
+    model.train_adapter(setup)
+    model.routing(NAMES)
+    rows = [{**row, column: torch.tensor(1 + i % 2)} for i, row in enumerate(make_rows())]
+    before = values(model)
+    trainer = make_trainer(model, tmp_path, trainer_class, rows=rows, max_steps=2)
+    trainer.train()
+    changed = {key for key, value in values(model).items() if not torch.equal(value, before[key])}
+    assert {key.split(".adapters.")[1][0] for key in changed if ".adapters." in key} == {"b", "c"}
+    assert {key.split(".")[1] for key in changed if key.startswith("heads.")} == {"b", "c"}
+    assert all(".adapters." in key or key.startswith("heads.") for key in changed)
+    evaluated = trainer.evaluate(rows)
+    with torch.no_grad():
+        losses = [model(**make_batch(rows[i : i + 8])).loss for i in (0, 8)]
+    assert evaluated["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 # Against adapters
