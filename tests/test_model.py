@@ -369,6 +369,18 @@ def test_context(model, ids):
         model(ids)
 
 
+def test_what_a_context_asks_for():
+    ask = AdapterSetup.get_context_adapter_setup, AdapterSetup.get_context_head_setup
+    assert [get() for get in ask] == [None, None]
+    with AdapterSetup("a", head_setup="x"):
+        assert [get() for get in ask] == [Stack("a"), "x"]
+        with AdapterSetup("b", head_setup=["x", "y"]):
+            assert [get() for get in ask] == [Stack("b"), ["x", "y"]]
+        with AdapterSetup(None):
+            assert [get() for get in ask] == [None, None]
+    assert [get() for get in ask] == [None, None]
+
+
 def test_contexts_keep_their_packs_and_are_few(model, ids):
     layer, plans = model.model_adapters.layers[0], model.model_adapters._kept
     for _ in range(3):
