@@ -629,7 +629,9 @@ class ModelAdaptersMixin:
 
         Returns:
             [B], int64, on the model's device. A setup keeps its number; the model remembers all
-            that it was asked for.
+            that it was asked for. On a GPU and in compiled graphs, where nobody looks at the
+            numbers, the temperatures of all these setups' fusions fall in a training step, not only
+            of those that rows use.
 
         Raises:
             ValueError: unknown adapters or fusions, a block over rows, or one of the setups that it
