@@ -1,8 +1,8 @@
-"""What holds for one thread and one call: the setup to use, and what the forward is to report."""
+"""What holds for one thread and one call: the setup to use, and what a forward runs and reports."""
 
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,34 +72,11 @@ class AdapterSetup:
         return None if context is None else context.head_setup
 
 
-class _Restored:
-    """The contexts of another moment, for one `with` block."""
-
-    def __init__(self) -> None:
-        self._then = getattr(_local, "setups", ()), getattr(_local, "forward", None)
-
-    def __enter__(self) -> None:
-        self._now = getattr(_local, "setups", ()), getattr(_local, "forward", None)
-        setups, forward = self._then
-        # what the forward reports it has reported
-        _local.setups, _local.forward = setups, None if forward is None else forward.silent()
-
-    def __exit__(self, *_: Any) -> None:
-        _local.setups, _local.forward = self._now
-
-
-def recomputation_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of `torch.utils.checkpoint`: layers computed again find the forward's contexts.
-
-    It runs in the backward, outside of the `with` blocks, and perhaps in another thread.
-    """
-    return nullcontext(), _Restored()
-
-
 class ForwardContext:
-    """What one forward of a model is to report beside its outputs.
+    """What one forward of a model runs at its places, and is to report beside its outputs.
 
     Args:
+        plans: the plan of each place; a place that is not among them is another model's.
         output_adapter_fusion_attentions: collect `adapter_fusion_attentions`, a tensor [B, S, N]
             for each `[fusion][layer][location]`.
         output_adapter_gating_scores: collect `adapter_gating_scores`, a tensor [B] for each
@@ -117,6 +94,7 @@ class ForwardContext:
         self,
         output_adapter_fusion_attentions: bool = False,
         output_adapter_gating_scores: bool = False,
+        plans: Mapping[Any, Any] = MappingProxyType({}),
         row_setups: tuple[AdapterCompositionBlock | None, ...] | None = None,
         row_numbers: Tensor | None = None,
         past: int = 0,
@@ -124,6 +102,7 @@ class ForwardContext:
     ):
         self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
         self.output_adapter_gating_scores = output_adapter_gating_scores
+        self.plans = plans
         self.row_setups = row_setups
         self.row_numbers = row_numbers
         self.past = past
@@ -146,8 +125,9 @@ class ForwardContext:
         return getattr(_local, "forward", None)
 
     def silent(self) -> "ForwardContext":
-        """The same rows, and nothing to report."""
+        """The same plans and rows, and nothing to report."""
         return ForwardContext(
+            plans=self.plans,
             row_setups=self.row_setups,
             row_numbers=self.row_numbers,
             past=self.past,

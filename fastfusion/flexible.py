@@ -106,7 +106,7 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if return_dict is None:
             return_dict = self.config.return_dict
-        batch_size, _ = input_shape((), inputs) or (0, 0)
+        batch_size, _ = input_shape(inputs) or (0, 0)
         has_table = kwargs.get("adapter_ids") is not None
 
         def run(**base_inputs: Any) -> ModelOutput | tuple:

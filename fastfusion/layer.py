@@ -1,39 +1,25 @@
-"""One place of a model's layer where adapters may sit: its modules, its plans, its forward."""
+"""One place of a model's layer where adapters may sit: its modules, plans of them, its forward."""
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from .composition import AdapterCompositionBlock
-from .context import AdapterSetup, ForwardContext
+from .context import ForwardContext
 from .lanes import BoundLane, BoundPlan
-from .lowering import Branch, Plan, Stage, lower, lower_rows
+from .lowering import Branch, OneOrRows, Plan, Stage, lower
 from .mixture import Mixture, MixtureGroup
 from .modules import NamedModules
 from .packing import PackCache
 from .steps import Around, State, Step, score_mask
-
-_KEPT_PLANS = 8
-"""Plans of other setups than the active one that a place keeps, with their packed weights."""
-
-
-class RoutedSetups(NamedTuple):
-    """The setups that `adapter_ids` number."""
-
-    setups: tuple[AdapterCompositionBlock | None, ...]
-    needed: Plan
-    """The sizes that a batch must have."""
 
 
 class PlaceSettings(Protocol):
     """What the places of one model share."""
 
     backend: str | None
-    skip_layers: Sequence[int]
-    routed: RoutedSetups
+
+    def current_plans(self) -> "Mapping[AdapterLayer, BoundPlan]": ...
 
     def has_copies(self, place: "AdapterLayer") -> bool: ...
 
@@ -54,63 +40,24 @@ class AdapterLayer:
         self.packs = PackCache()
         self.adapters = NamedModules(self.packs.drop)
         self.adapter_fusion_layer = NamedModules(self.packs.drop)
-        self.plan = self._bind(lower(None, self.adapters.__contains__))
-        self.routed_plan = self.plan
-        """Of the setups that `adapter_ids` number."""
-        self._plans: OrderedDict[tuple[Any, bool], BoundPlan] = OrderedDict()
 
     # -- plans ----------------------------------------------------------------------------------
 
-    def lower(
-        self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
-    ) -> BoundPlan:
-        """What a setup is at this place, with the modules that it names.
+    def lower(self, setup: OneOrRows, skip_layers: Sequence[int] = ()) -> BoundPlan:
+        """What a setup, or a setup for each row, is at this place, with the modules that it names.
 
         Raises:
             ValueError: a Fuse of the setup has no fusion layer here.
         """
-        skips = self.layer_idx in skip_layers
-        return self._bind(lower(None if skips else setup, self.adapters.__contains__))
-
-    def lower_rows(
-        self, setups: Sequence[AdapterCompositionBlock | None], skip_layers: Sequence[int] = ()
-    ) -> BoundPlan:
-        """The same for one of several setups for each row."""
-        skips = self.layer_idx in skip_layers
-        setups = [None] * len(setups) if skips else setups
-        return self._bind(lower_rows(setups, self.adapters.__contains__))
-
-    def activate(self, plan: BoundPlan) -> None:
-        """Run this plan from now on; plans of other setups are forgotten."""
-        self.plan = plan
-        self._plans = OrderedDict()
+        if self.layer_idx in skip_layers:
+            setup = (None,) * len(setup) if isinstance(setup, tuple) else None
+        return self._bind(lower(setup, self.adapters.__contains__))
 
     def current_plan(self) -> BoundPlan:
-        """The plan of this forward: of its rows' setups, of a context, or the active one."""
-        forward, setup = ForwardContext.get_context(), AdapterSetup.get_context()
-        row_setups = None if forward is None else forward.row_setups
-        if setup is None and row_setups is None:
-            return self.plan
-        if setup is None and row_setups is self.settings.routed.setups:
-            return self.routed_plan
-        skips = self.layer_idx in self.settings.skip_layers
-        if row_setups is not None:
-            return self._kept_plan((row_setups, skips), self.lower_rows)
-        return self._kept_plan((setup.adapter_setup, skips), self.lower)
-
-    def _kept_plan(self, key: tuple[Any, bool], make: Callable[..., BoundPlan]) -> BoundPlan:
-        plan = self._plans.get(key)
-        if plan is not None:
-            with contextlib.suppress(KeyError):  # another thread may have just let it go
-                self._plans.move_to_end(key)
-            return plan
-        setup, skips = key
-        plan = self._plans[key] = make(setup, (self.layer_idx,) if skips else ())
-        if len(self._plans) > _KEPT_PLANS:
-            # the one that was used longest ago goes, and its packs with it
-            with contextlib.suppress(KeyError):
-                self._plans.popitem(last=False)
-        return plan
+        """The plan of this forward, or of the next one where the model's is not running."""
+        forward = ForwardContext.get_context()
+        plan = None if forward is None else forward.plans.get(self)
+        return self.settings.current_plans()[self] if plan is None else plan
 
     def _bind(self, plan: Plan) -> BoundPlan:
         mixtures: dict[Stage, Mixture] = {}

@@ -322,16 +322,23 @@ def _branch(child: Setup, present: Present) -> Branch | None:
     return Branch(names[-1], tuple(names[:-1])) if names else None
 
 
-def lower(setup: AdapterCompositionBlock | None, present: Present) -> Plan:
+OneOrRows = AdapterCompositionBlock | tuple[AdapterCompositionBlock | None, ...] | None
+"""A setup, None for no adapters; or several in a tuple, one of which each row has."""
+
+
+def lower(setup: OneOrRows, present: Present) -> Plan:
     """The plan of a setup at one place.
 
     Args:
-        setup: a parsed composition, or None.
+        setup: a parsed composition, or None; of a tuple of them each row has one, and the forward
+            says which. They are distinct then and have no blocks over rows.
         present: whether an adapter exists at this place.
 
     Raises:
-        ValueError: parts of the setup that ask for different sizes.
+        ValueError: parts of the setup, or setups, that ask for different sizes.
     """
+    if isinstance(setup, tuple):
+        return _lower_rows(setup, present)
     if setup is None:
         return _Lowering(present).plan(None)
     return _lowered(setup, frozenset(filter(present, _names(setup))))
@@ -358,13 +365,7 @@ def _numbered(plan: Plan, task: int) -> Plan:
     )
 
 
-def lower_rows(setups: Sequence[AdapterCompositionBlock | None], present: Present) -> Plan:
-    """The plan of one setup for each row: the forward says which row has which.
-
-    Args:
-        setups: distinct setups without blocks over rows; None for no adapters.
-        present: whether an adapter exists at this place.
-    """
+def _lower_rows(setups: Sequence[AdapterCompositionBlock | None], present: Present) -> Plan:
     plans = [_numbered(lower(setup, present), i) for i, setup in enumerate(setups)]
     stages: list[tuple[Region, Stage]] = []
     lanes: list[Lane] = []

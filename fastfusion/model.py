@@ -4,11 +4,12 @@ import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 
 from . import reference, rows, saved_setups, serialization
 from .composition import (
@@ -28,13 +29,12 @@ from .configuration import (
     BnConfig,
     ModelAdaptersConfig,
 )
-from .context import AdapterSetup, ForwardContext, recomputation_contexts
+from .context import AdapterSetup, ForwardContext
 from .explain import AdapterPlan
-from .layer import RoutedSetups
 from .modules import Adapter, AdapterFusion, check_module_name
 from .ops import backends
 from .patching import architecture_of, unpatch
-from .places import ModelAdapters
+from .places import CHECKPOINTING, Lowered, ModelAdapters
 
 _ROW_ARGUMENTS = ("adapter_names", "adapter_ids", "task_ids")
 """The keyword arguments of a forward that choose a setup for each row."""
@@ -46,6 +46,8 @@ class ModelAdaptersMixin:
     """The methods of a model with adapters; their names and results are those of `adapters`."""
 
     model_adapters: ModelAdapters
+    _positional: tuple[str, ...] = ()
+    """The names of the forward's positional arguments."""
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -114,17 +116,13 @@ class ModelAdaptersMixin:
         if setups is None:
             (setup,) = self._setups(None)
             text = repr(setup)
-            plans = [layer.current_plan() for layer in self.model_adapters.layers]
+            lowered = self.model_adapters.current()
         else:
             distinct, _ = rows.row_numbers(setups, None)
             self._setups(distinct)
             text = "; ".join(f"{i}: {setup!r}" for i, setup in enumerate(distinct))
-            skip_layers = self.model_adapters.skip_layers
-            plans = [
-                layer.lower_rows(distinct, skip_layers) for layer in self.model_adapters.layers
-            ]
-        places = list(zip(self.model_adapters.layers, plans, strict=True))
-        return AdapterPlan(text, places, self.config.hidden_size)
+            lowered = self.model_adapters.lower(distinct, self.model_adapters.skip_layers)
+        return AdapterPlan(text, list(lowered.plans.items()), self.config.hidden_size)
 
     # -- adding and deleting --------------------------------------------------------------------
 
@@ -392,6 +390,9 @@ class ModelAdaptersMixin:
     ) -> None:
         """transformers' method, never reentrant: that gives frozen models no gradients.
 
+        The base model inside of this one has it too. A layer that is computed again finds the setup
+        of its forward, whatever is active by then.
+
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
             kwargs: further arguments of transformers' method.
@@ -399,17 +400,19 @@ class ModelAdaptersMixin:
         Raises:
             ValueError: `use_reentrant=True` is asked for.
         """
-        arguments = {
-            "use_reentrant": False,
-            "context_fn": recomputation_contexts,
-            **(gradient_checkpointing_kwargs or {}),
-        }
+        arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if arguments["use_reentrant"]:
             raise ValueError(
                 "gradient_checkpointing_kwargs: expected use_reentrant=False; reentrant "
                 "checkpointing gives the adapters of a frozen model no gradients"
             )
+        arguments["context_fn"] = self._context_fn(arguments)
         super().gradient_checkpointing_enable(arguments, **kwargs)
+
+    def _context_fn(self, arguments: Mapping[str, Any]) -> Callable:
+        """The `context_fn` for a checkpoint with these arguments, theirs included."""
+        given = arguments.get("context_fn", noop_context_fn)
+        return functools.partial(self.model_adapters.recomputation_contexts, given)
 
     def get_fusion_regularization_loss(self) -> Tensor | None:
         """The regulariser of every trained value matrix.
@@ -582,13 +585,12 @@ class ModelAdaptersMixin:
     def _forward_with_adapters(self, forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A model's forward with what the adapters need around it."""
         asked = {name: kwargs.pop(name) for name in ForwardContext.ARGUMENTS if name in kwargs}
-        asked |= self._rows(forward, args, kwargs)
-        setups = self._setups(asked.get("row_setups"))
-        fusions = self._cooling_fusions(setups)
+        lowered, own = self._rows(args, kwargs)
+        fusions = self._cooling_fusions(lowered.setups, own)
         for fusion in fusions:
             fusion.settle_temperature()
         # always a context: this may run inside another model's forward
-        with ForwardContext(**asked) as context:
+        with ForwardContext(**asked, plans=lowered.plans, **own) as context:
             outputs = forward(*args, **kwargs)
         # train_adapter_fusion puts the base model alone into training mode
         in_training = self.base_model.training and torch.is_grad_enabled()
@@ -601,38 +603,37 @@ class ModelAdaptersMixin:
                 outputs[name] = value
         return outputs
 
-    def _rows(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take the arguments that say which row has which setup; `ForwardContext`'s for them."""
+    def _rows(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Lowered, dict[str, Any]]:
+        """Take the arguments that say which row has which setup; what the forward runs, and
+        `ForwardContext`'s arguments for its rows."""
         given = {name: kwargs.pop(name, None) for name in _ROW_ARGUMENTS}
         given = {name: value for name, value in given.items() if value is not None}
         has_copies = bool(kwargs.pop(_HAS_COPIES, False))
         if len(given) > 1:
             raise ValueError(f"{min(given)}: expected only one of {sorted(given)}")
-        shape = rows.input_shape(args, kwargs)
-        tokens_before = functools.partial(_cached_tokens, forward, args, kwargs)
+        inputs = dict(zip(self._positional, args, strict=False)) | kwargs
+        shape = rows.input_shape(inputs)
         if "adapter_names" in given:
             setups, numbers = rows.row_numbers(given["adapter_names"], shape)
-            past = tokens_before(setups)
-            for setup in setups:
-                rows.check_sizes(rows.needed(setup), shape, past)
-            return {"row_setups": setups, "row_numbers": numbers, "past": past}
-        if "adapter_ids" in given:
-            table = self._routed_setups()
-            past = tokens_before(table.setups)
-            rows.check_sizes(table.needed, shape, past)
+            lowered = self.model_adapters.kept(self._setups(setups))
+        elif "adapter_ids" in given:
+            lowered = self._routed_setups()
             numbers = rows.checked_numbers(
-                given["adapter_ids"], len(table.setups), "adapter_ids", shape
+                given["adapter_ids"], len(lowered.setups), "adapter_ids", shape
             )
-            return {"row_setups": table.setups, "row_numbers": numbers, "past": past}
-        (setup,) = self._setups(None)
-        is_active = AdapterSetup.get_context() is None
-        needed = self.model_adapters.needed if is_active else rows.needed(setup)
-        past = tokens_before((setup,))
+        else:
+            self._setups(None)
+            lowered, numbers = self.model_adapters.current(), None
+        past = _cached_tokens(inputs, lowered.setups)
+        if numbers is not None:
+            rows.check_sizes(lowered.needed, shape, past)
+            return lowered, {"row_setups": lowered.setups, "row_numbers": numbers, "past": past}
+        (setup,) = lowered.setups
         if has_copies and setup is not None and shape is not None:
             shape = rows.channel_shape(shape, setup.parallel_channels, _HAS_COPIES)
-        rows.check_sizes(needed, shape, past)
+        rows.check_sizes(lowered.needed, shape, past)
         numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
-        return {"row_numbers": numbers, "past": past, "has_copies": has_copies}
+        return lowered, {"row_numbers": numbers, "past": past, "has_copies": has_copies}
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple:
         """What generate() starts with: under a Parallel each channel's own copy of the batch."""
@@ -649,22 +650,18 @@ class ModelAdaptersMixin:
             model_kwargs[_HAS_COPIES] = True
         return inputs, name, model_kwargs
 
-    def _routed_setups(self) -> RoutedSetups:
-        table = self.model_adapters.routed
-        if not table.setups:
+    def _routed_setups(self) -> Lowered:
+        self._check_context()
+        if not self.model_adapters.routed.setups:
             raise ValueError("adapter_ids: expected numbers of model.routing(...); got some before")
-        if not self.model_adapters.is_routed_stale:
-            return table
-        if torch.compiler.is_compiling():
+        if self.model_adapters.is_routed_stale and torch.compiler.is_compiling():
             raise ValueError(
                 "adapter_ids: adapters have changed; call model.routing([]) before a compiled model"
             )
         try:
             return self.model_adapters.current_routed()
         except ValueError as error:
-            raise ValueError(
-                f"adapter_ids: {error}; a routed setup needs it (see reset_routing)"
-            ) from None
+            raise ValueError(f"adapter_ids: {error}") from None
 
     def routing(self, setups: Sequence[Any]) -> Tensor:
         """Numbers for the rows' setups: `model(**inputs, adapter_ids=ids)` then needs no names.
@@ -679,10 +676,13 @@ class ModelAdaptersMixin:
 
         Returns:
             [B], int64, on the model's device. A setup keeps its number; the model remembers all
-            that it was asked for.
+            that it was asked for. On a GPU and in compiled graphs, where nobody looks at the
+            numbers, the temperatures of all these setups' fusions fall in a training step, not only
+            of those that rows use.
 
         Raises:
-            ValueError: unknown adapters or fusions, or a block over rows.
+            ValueError: unknown adapters or fusions, a block over rows, or one of the setups that it
+                was asked for names an adapter or fusion that has gone: see `reset_routing`.
         """
         if isinstance(setups, str) or not isinstance(setups, Sequence):
             raise ValueError(f"setups: expected a list with one entry a row; got {setups!r}")
@@ -690,7 +690,7 @@ class ModelAdaptersMixin:
         for setup in parsed:
             self.model_adapters.check_setup(setup)
         numbers = self.model_adapters.route(parsed)
-        return torch.tensor(numbers, device=self.base_model.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.base_model.device)
 
     def reset_routing(self) -> None:
         """Forget the setups that `routing` numbered: the next ones are numbered from 0 again.
@@ -706,21 +706,31 @@ class ModelAdaptersMixin:
         context = AdapterSetup.get_context()
         if row_setups is None and context is None:
             return (self.active_adapters,)
-        if context is not None and context.skip_layers is not None:
-            self.model_adapters.checked_layers(context.skip_layers)
-        if row_setups is self.model_adapters.routed.setups:
-            return row_setups
+        self._check_context()
         setups = (context.adapter_setup,) if row_setups is None else row_setups
         for setup in setups:
             self.model_adapters.check_setup(setup)
         return setups
 
+    def _check_context(self) -> None:
+        context = AdapterSetup.get_context()
+        if context is not None and context.skip_layers is not None:
+            self.model_adapters.checked_layers(context.skip_layers)
+
     def _cooling_fusions(
-        self, setups: Sequence[AdapterCompositionBlock | None]
+        self, setups: Sequence[AdapterCompositionBlock | None], own: Mapping[str, Any]
     ) -> list[AdapterFusion]:
-        """The modules of the current setups' fusions whose temperature falls."""
+        """The modules of the fusions whose temperature falls in this forward.
+
+        Args:
+            setups: that it runs.
+            own: what its rows have; of setups for each row those that no row has do not count,
+                where the rows' numbers can be looked at.
+        """
         if not any(config["temperature"] for config in self.adapters_config.fusions.values()):
             return []
+        if "row_setups" in own and rows.can_look_at(own["row_numbers"]):
+            setups = [setups[number] for number in own["row_numbers"].unique().tolist()]
         names = {fuse.name for setup in setups for fuse in fuses(setup)}
         return [
             module
@@ -731,17 +741,12 @@ class ModelAdaptersMixin:
 
 
 def _cached_tokens(
-    forward: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    setups: Sequence[AdapterCompositionBlock | None],
+    inputs: Mapping[str, Any], setups: Sequence[AdapterCompositionBlock | None]
 ) -> int:
     """Tokens before a forward's own in its key-value cache; where no Split counts tokens, 0."""
     if not any(isinstance(block, Split) for setup in setups for block in blocks(setup)):
         return 0
-    cache = kwargs.get("past_key_values")
-    if cache is None and len(args) > 1:
-        cache = inspect.signature(forward).bind(*args, **kwargs).arguments.get("past_key_values")
+    cache = inputs.get("past_key_values")
     if cache is None:
         return 0
     if isinstance(cache, tuple):
@@ -778,7 +783,12 @@ def _patched_class(original: type) -> type:
         return self._forward_with_adapters(super(patched, self).forward, args, kwargs)
 
     members = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
-    members["__wrapped_class__"] = original
+    _, *positional = (
+        p.name
+        for p in inspect.signature(original.forward).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    )
+    members |= {"__wrapped_class__": original, "_positional": tuple(positional)}
     patched = type(original.__name__, (ModelAdaptersMixin, original), members)
     patched.__qualname__ = original.__qualname__
     return patched
@@ -827,12 +837,17 @@ def init(model: nn.Module, backend: str | None = None) -> None:
     model.model_adapters = ModelAdapters(model.base_model, architecture, backend)
     if not isinstance(model, ModelAdaptersMixin):
         model.__class__ = _patched_class(type(model))
+    if model.base_model is not model:
+        model.base_model.gradient_checkpointing_enable = model.gradient_checkpointing_enable
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            # enabled before: layers that are computed again must find the forward's contexts
-            arguments = getattr(module._gradient_checkpointing_func, "keywords", {})
-            model.gradient_checkpointing_enable({**arguments, "use_reentrant": False})
-            break
+            # enabled before, in whatever way
+            function = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = functools.partial(
+                function,
+                use_reentrant=False,
+                context_fn=model._context_fn(getattr(function, "keywords", {})),
+            )
 
 
 def restore(model: nn.Module) -> None:
@@ -857,6 +872,11 @@ def restore(model: nn.Module) -> None:
     model.__class__ = type(model).__wrapped_class__
     del model.model_adapters
     unpatch(state.done)
+    vars(model.base_model).pop("gradient_checkpointing_enable", None)
+    for module, before in state.checkpointing:
+        for name in CHECKPOINTING:
+            vars(module).pop(name, None)
+        vars(module).update(before)
     for name, parameter in model.base_model.named_parameters():
         # parameters that came after init keep what they have
         parameter.requires_grad = state.requires_grad.get(name, parameter.requires_grad)

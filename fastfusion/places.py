@@ -2,22 +2,61 @@
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from . import rows
 from .composition import AdapterCompositionBlock, fuses
 from .configuration import ModelAdaptersConfig
-from .context import AdapterSetup
-from .layer import AdapterLayer, RoutedSetups
+from .context import AdapterSetup, ForwardContext
+from .lanes import BoundPlan
+from .layer import AdapterLayer
+from .lowering import OneOrRows, Plan
 from .modules import Adapter, AdapterFusion
 from .patching import Architecture, patch
 from .patching.architectures import Place
 
-_routing = threading.RLock()
-"""Held while a model's table of routed setups is read, lowered and set."""
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+"""Where transformers keeps in a module whether and how it is computed again in the backward."""
+_KEPT = 8
+"""Other setups than the active one whose plans a model keeps, with their packed weights."""
+
+
+class Lowered(NamedTuple):
+    """A setup, or a setup for each row, as a forward runs it; never changed."""
+
+    setups: tuple[AdapterCompositionBlock | None, ...]
+    """Of the rows; or the one of all."""
+    needed: Plan
+    """The sizes that a batch must have."""
+    plans: Mapping[AdapterLayer, BoundPlan]
+    """Of every place."""
+
+
+class _Lock:
+    """A lock for the one who holds it already too; a copy of its owner has another one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return _Lock, ()
+
+
+@contextmanager
+def _nested(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 class ModelAdapters:
@@ -38,36 +77,86 @@ class ModelAdapters:
         )
         self.requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
         self.frozen = False
-        self.needed = rows.needed(None)
-        self.routed = RoutedSetups((), self.needed)
-        self.is_routed_stale = False
-        """Whether modules have changed since the routed setups were lowered."""
+        self.checkpointing = [
+            (module, {name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)})
+            for module in base_model.modules()
+            if hasattr(module, "gradient_checkpointing")
+        ]
+        """What `restore` puts back."""
         self.layers, self.done = patch(base_model, architecture, self._make_layer)
+        self._lock = _Lock()
+        """Held while plans are made, kept and forgotten, so that none outlives its modules."""
+        self._kept: OrderedDict[tuple[OneOrRows, tuple[int, ...]], Lowered] = OrderedDict()
+        self.active = self.lower(None, ())
+        self.routed = self.lower((), ())
+        """What `adapter_ids` number."""
+        self.is_routed_stale = False
+        """Whether modules have changed since then."""
 
     def _make_layer(self, place: Place) -> AdapterLayer:
         return AdapterLayer(self, place.layer_idx, place.location)
 
+    # -- plans ----------------------------------------------------------------------------------
+
+    def lower(self, setup: OneOrRows, skip_layers: Sequence[int]) -> Lowered:
+        """What a setup, or a setup for each row, is at every place.
+
+        Raises:
+            ValueError: sizes that contradict each other, or a Fuse without weights at a place.
+        """
+        setups = setup if isinstance(setup, tuple) else (setup,)
+        plans = {layer: layer.lower(setup, skip_layers) for layer in self.layers}
+        return Lowered(setups, rows.needed(setup), plans)
+
     def activate(
         self, setup: AdapterCompositionBlock | None, skip_layers: Sequence[int] = ()
     ) -> None:
-        """Lower a setup at every place and, if that goes well, make it the active one."""
-        needed = rows.needed(setup)
-        plans = [layer.lower(setup, skip_layers) for layer in self.layers]
-        for layer, plan in zip(self.layers, plans, strict=True):
-            layer.activate(plan)
-        self.config.active_setup, self.needed = setup, needed
-        if self.config.skip_layers != list(skip_layers):
-            self.config.skip_layers = list(skip_layers)
-            self.is_routed_stale = True
+        """Lower a setup and, if that goes well, make it the active one; others are forgotten."""
+        with self._lock:
+            self.active = self.lower(setup, skip_layers)
+            self._kept.clear()
+            self.config.active_setup = setup
+            if self.config.skip_layers != list(skip_layers):
+                self.config.skip_layers = list(skip_layers)
+                self.is_routed_stale = True
 
     def update_plans(self) -> None:
         """Lower the active setup again: after a change of modules."""
-        self.is_routed_stale = True
-        self.activate(self.config.active_setup, self.config.skip_layers)
+        # what is being lowered in another thread, perhaps from the old modules, is there before
+        with self._lock:
+            self.is_routed_stale = True
+            self._kept.clear()
+            self.activate(self.config.active_setup, self.config.skip_layers)
+
+    def current(self) -> Lowered:
+        """What a forward runs whose rows have no setups of their own: a context's, or the active
+        one."""
+        context = AdapterSetup.get_context()
+        return self.active if context is None else self.kept(context.adapter_setup)
+
+    def current_plans(self) -> Mapping[AdapterLayer, BoundPlan]:
+        """The plans of `current`."""
+        return self.current().plans
+
+    def kept(self, setup: OneOrRows) -> Lowered:
+        """As `lower`, with the layers that this forward skips; the last ones are remembered."""
+        key = setup, tuple(self.skip_layers)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self.lower(*key)
+                if len(self._kept) > _KEPT:
+                    # the one that was used longest ago goes, and its packs with it
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
     def route(self, setups: Sequence[AdapterCompositionBlock | None]) -> list[int]:
-        """The numbers of setups among those that were routed; new ones come at the end."""
-        with _routing:
+        """The numbers of setups among those that were routed; new ones come at the end.
+
+        Raises:
+            ValueError: an adapter or fusion has gone that one of the old ones names.
+        """
+        with self._lock:
             known = tuple(dict.fromkeys((*self.routed.setups, *setups)))
             if self.is_routed_stale or len(known) > len(self.routed.setups):
                 self._set_routed(known)
@@ -76,28 +165,49 @@ class ModelAdapters:
 
     def reset_routed(self) -> None:
         """Forget the routed setups."""
-        with _routing:
+        with self._lock:
             self._set_routed(())
 
-    def current_routed(self) -> RoutedSetups:
-        """The routed setups with the modules as they are.
+    def current_routed(self) -> Lowered:
+        """The routed setups, with the modules as they are and the layers that this forward skips.
 
         Raises:
             ValueError: an adapter or fusion has gone that one of them names.
         """
         if self.is_routed_stale:
-            with _routing:
-                self._set_routed(self.routed.setups)
-        return self.routed
+            with self._lock:
+                # another thread may have been first
+                if self.is_routed_stale:
+                    self._set_routed(self.routed.setups)
+        routed = self.routed
+        is_usual = list(self.skip_layers) == self.config.skip_layers
+        return routed if is_usual else self.kept(routed.setups)
 
     def _set_routed(self, setups: tuple[AdapterCompositionBlock | None, ...]) -> None:
-        for setup in setups:
-            self.check_setup(setup)
-        needed = rows.needed_rows(setups)
-        plans = [layer.lower_rows(setups, self.config.skip_layers) for layer in self.layers]
-        for layer, plan in zip(self.layers, plans, strict=True):
-            layer.routed_plan = plan
-        self.routed, self.is_routed_stale = RoutedSetups(setups, needed), False
+        try:
+            for setup in setups:
+                self.check_setup(setup)
+        except ValueError as error:
+            raise ValueError(f"{error}; a routed setup needs it (see reset_routing)") from None
+        self.routed = self.lower(setups, self.config.skip_layers)
+        self.is_routed_stale = False
+
+    def recomputation_contexts(
+        self, context_fn: Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
+    ) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of `torch.utils.checkpoint`: layers computed again find the forward's plans.
+
+        That is in the backward, perhaps in another thread, and under another active setup.
+
+        Args:
+            context_fn: another one, whose contexts hold too.
+        """
+        forward = ForwardContext.get_context()
+        if forward is None or self.layers[0] not in forward.plans:
+            # the base model by itself
+            forward = ForwardContext(plans=self.current_plans())
+        first, again = context_fn()
+        return first, _nested(again, forward.silent())
 
     @property
     def skip_layers(self) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """Which row of a batch has which setup: what a forward's arguments say, checked before it runs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .composition import (
     blocks,
     parse_composition,
 )
-from .lowering import Plan, lower, lower_rows
+from .lowering import OneOrRows, Plan, lower
 
 BASE = "__base__"
 """In place of an adapter's name: a row without adapters."""
@@ -24,12 +24,12 @@ Shape = tuple[int, int]
 """Rows and tokens of a batch."""
 
 
-def input_shape(args: tuple, kwargs: dict[str, Any]) -> Shape | None:
-    """The rows and tokens of a forward's inputs, or None where they cannot be found."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
+def input_shape(inputs: Mapping[str, Any]) -> Shape | None:
+    """The rows and tokens of a forward's inputs by name, or None where they cannot be found."""
+    ids = inputs.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() >= 2:
         return math.prod(ids.shape[:-1]), ids.shape[-1]
-    embeddings = kwargs.get("inputs_embeds")
+    embeddings = inputs.get("inputs_embeds")
     if isinstance(embeddings, Tensor) and embeddings.dim() >= 3:
         return math.prod(embeddings.shape[:-2]), embeddings.shape[-2]
     return None
@@ -160,18 +160,13 @@ def task_numbers(
     return checked_numbers(tasks, len(children), "task_ids", shape)
 
 
-def needed(setup: AdapterCompositionBlock | None) -> Plan:
+def needed(setup: OneOrRows) -> Plan:
     """The plan of a setup where every adapter is present: it has the sizes that a batch must have.
 
     Raises:
-        ValueError: parts of the setup that ask for different sizes.
+        ValueError: parts of the setup, or setups of the rows, that ask for different sizes.
     """
     return lower(setup, lambda name: True)
-
-
-def needed_rows(setups: Sequence[AdapterCompositionBlock | None]) -> Plan:
-    """The same for one of several setups in each row."""
-    return lower_rows(setups, lambda name: True)
 
 
 def check_sizes(plan: Plan, shape: Shape | None, past: int = 0) -> None:

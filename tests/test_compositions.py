@@ -202,9 +202,7 @@ class Case:
         torch.manual_seed(self.seed)
         shared = SimpleNamespace(
             backend=self.backend,
-            skip_layers=(),
             has_copies=lambda _: self.is_copied,
-            routed=SimpleNamespace(setups=()),
         )
         layer = AdapterLayer(shared, 0, "output_adapter")
         for name, overrides in self.configs.items():
@@ -219,7 +217,6 @@ class Case:
             modules.to(self.dtype).eval().requires_grad_(self.recorded == "all")
             for parameter in modules.parameters():
                 nn.init.normal_(parameter, std=0.4)
-        layer.activate(layer.lower(self.setup, ()))
         return layer
 
     def check(self) -> None:
@@ -283,8 +280,8 @@ class Case:
         norm = None if norm is None else norm.to(self.dtype)
         takes_grad = self.recorded != "none"
         hidden, input = (t.detach().clone().requires_grad_(takes_grad) for t in (hidden, input))
-        arguments = {} if self.setups is None else {"row_setups": self.setups}
-        context = ForwardContext(True, True, row_numbers=self.numbers, **arguments)
+        plans = {layer: layer.lower(self.setup if self.setups is None else self.setups)}
+        context = ForwardContext(True, True, plans, row_numbers=self.numbers)
         with context, torch.set_grad_enabled(takes_grad):
             out = layer.forward(hidden, input, norm)
         found = {"out": out.detach()}

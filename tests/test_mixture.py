@@ -27,7 +27,8 @@ TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 def make_layer(adapter_overrides, fusion=None, setup=None, dtype=torch.float64, dropout=0.0):
     """A place with randomised adapters "a", "b", ... and, with a config, a fusion over them."""
     config = ModelAdaptersConfig()
-    layer = AdapterLayer(SimpleNamespace(config=config, backend="torch"), 0, "output_adapter")
+    settings = SimpleNamespace(config=config, backend="torch")
+    layer = AdapterLayer(settings, 0, "output_adapter")
     names = "abcdefgh"[: len(adapter_overrides)]
     for name, overrides in zip(names, adapter_overrides, strict=True):
         adapter_config = AdapterConfig.load("seq_bn", **{"reduction_factor": 3, **overrides})
@@ -42,8 +43,13 @@ def make_layer(adapter_overrides, fusion=None, setup=None, dtype=torch.float64, 
             nn.init.normal_(parameter, std=0.5)
         module.eval()
     config.active_setup = setup or (Fuse(*names) if fusion is not None else Stack(*names))
-    layer.activate(layer.lower(config.active_setup, ()))
+    activate(layer, config.active_setup)
     return layer
+
+
+def activate(layer, setup):
+    plans = {layer: layer.lower(setup)}
+    layer.settings.current_plans = lambda: plans
 
 
 def run(layer, backend, hidden, input, norm, grad):
@@ -139,7 +145,7 @@ def test_an_adapter_twice_in_a_fuse(form, setup):
     torch.testing.assert_close(layer.forward(hidden, input, norm), expected, **TOLERANCE)
     if setup is TWICE[0]:
         # equal scores: half of each, which is the adapter
-        layer.activate(layer.lower(Fuse("a", name="a,b"), ()))
+        activate(layer, Fuse("a", name="a,b"))
         torch.testing.assert_close(layer.forward(hidden, input, norm), expected, **TOLERANCE)
 
 
@@ -210,8 +216,8 @@ def test_nesting(form, setup, overrides):
 def test_absent_adapters_are_left_out(form):
     layer = make_layer([{}, {}, {}], "dynamic")
     del layer.adapters["b"]
-    layer.activate(layer.lower(layer.settings.config.active_setup, ()))
-    assert len(layer.plan.lanes[0].steps[0].mixture.adapters) == 2
+    activate(layer, layer.settings.config.active_setup)
+    assert len(layer.current_plan().lanes[0].steps[0].mixture.adapters) == 2
     check(layer)
 
 

@@ -405,19 +405,31 @@ def test_context(model, ids):
         model(ids)
 
 
+def test_what_a_context_asks_for():
+    ask = AdapterSetup.get_context_adapter_setup, AdapterSetup.get_context_head_setup
+    assert [get() for get in ask] == [None, None]
+    with AdapterSetup("a", head_setup="x"):
+        assert [get() for get in ask] == [Stack("a"), "x"]
+        with AdapterSetup("b", head_setup=["x", "y"]):
+            assert [get() for get in ask] == [Stack("b"), ["x", "y"]]
+        with AdapterSetup(None):
+            assert [get() for get in ask] == [None, None]
+    assert [get() for get in ask] == [None, None]
+
+
 def test_contexts_keep_their_packs_and_are_few(model, ids):
-    layer = model.model_adapters.layers[0]
+    layer, plans = model.model_adapters.layers[0], model.model_adapters._kept
     for _ in range(3):
         with AdapterSetup("a"):
             run(model, ids)
-    assert len(layer._plans) == 1 and len(layer.packs._packs) == 1
+    assert len(plans) == 1 and len(layer.packs._packs) == 1
     setups = list(itertools.product("abc", repeat=3))
     for names in setups:
         with AdapterSetup(Stack(*names)):
             run(model, ids)
     # an adapter that a Stack names twice is packed once
     packs = sum(len(set(names)) for names in setups[-8:])
-    assert len(layer._plans) == 8 and len(layer.packs._packs) == packs
+    assert len(plans) == 8 and len(layer.packs._packs) == packs
 
 
 def test_context_in_two_threads(model, ids):

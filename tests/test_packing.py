@@ -257,7 +257,7 @@ def test_packs_are_used_again_and_refreshed_in_place(model, monkeypatch):
     assert len(calls) == len(model.model_adapters.layers)
     output(model, ids)
     assert len(calls) == len(model.model_adapters.layers)
-    mixture = model.model_adapters.layers[0].plan.lanes[0].steps[0].mixture
+    mixture = model.model_adapters.layers[0].current_plan().lanes[0].steps[0].mixture
     first = [t.data_ptr() for t in cached(mixture)[:5]]
     add_in_place(model)
     output(model, ids)
@@ -300,7 +300,7 @@ def test_half_precision_packs_stay_in_range():
                 if "adapter_fusion_layer" in name:
                     parameter.mul_(200)
     ids = tiny.ids()
-    mixture = model.model_adapters.layers[0].plan.lanes[0].steps[0].mixture
+    mixture = model.model_adapters.layers[0].current_plan().lanes[0].steps[0].mixture
     exact = absorb.pack(mixture._parameters(), True)
     assert exact.w_score.abs().max() > torch.finfo(torch.float16).max
     expected = output(copy.deepcopy(model).double(), ids, "reference").float()
@@ -358,7 +358,7 @@ def test_a_group_looks_at_what_its_rows_use(model, monkeypatch):
 def test_packs_are_built_in_twice_the_precision():
     """fp32 parameters, products of three matrices: the pack is the fp64 product, rounded once."""
     model = tiny.bert()
-    mixture = model.model_adapters.layers[0].plan.lanes[0].steps[0].mixture
+    mixture = model.model_adapters.layers[0].current_plan().lanes[0].steps[0].mixture
     weights = cached(mixture)
     tensors = [t.detach().double() for t in mixture.tensors()]
     exact = absorb.pack(mixture._parameters().with_tensors(tensors), True)

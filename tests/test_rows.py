@@ -6,6 +6,7 @@ Each row is compared with a forward of that row alone under an `AdapterSetup`.
 import contextlib
 import copy
 import gc
+import inspect
 import io
 import weakref
 
@@ -199,6 +200,32 @@ def test_a_training_step_moves_only_what_rows_use(model):
     assert trained and all(".adapters.a." in name for name in trained)
 
 
+@pytest.mark.parametrize("kind", ["adapter_names", "adapter_ids"])
+def test_temperatures_fall_where_rows_are(model, kind):
+    """Not those of setups that no row of the batch has."""
+    config = {"temperature": True}
+    model.add_adapter_fusion(["a", "b"], config, overwrite_ok=True)
+    model.add_adapter_fusion(["a", "d"], config)
+    model.train()
+
+    def forward(entries):
+        value = model.routing(entries) if kind == "adapter_ids" else entries
+        model(tiny.ids(len(entries), LENGTH), **{kind: value})
+
+    def temperatures():
+        found = []
+        for name in ("a,b", "a,d"):
+            _, fusion = next(model.model_adapters.fusion_modules(name))
+            fusion.settle_temperature()
+            found.append(fusion.temperature.item())
+        return found
+
+    forward([Fuse("a", "b"), Fuse("a", "d")])
+    forward([Fuse("a", "b"), "a"])
+    forward([BASE])
+    assert temperatures() == pytest.approx([49.9, 49.95])
+
+
 def test_names_of_tasks(model):
     ids = tiny.ids(4, LENGTH)
     model.set_active_adapters(MultiTask("a", "d"))
@@ -379,16 +406,14 @@ def test_what_is_random_in_training():
 
 
 def state_of(model):
-    layers = model.model_adapters.layers
-    tables = [(layer.plan, layer.routed_plan, dict(layer._plans)) for layer in layers]
     config = model.adapters_config
     return (
-        tables,
+        model.model_adapters.active,
+        model.model_adapters.routed,
         config.active_setup,
         list(config.skip_layers),
         dict(config.adapters),
         dict(config.fusions),
-        model.model_adapters.routed.setups,
         {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()},
         model.training,
     )
@@ -577,6 +602,35 @@ def test_duplicate_names(model, monkeypatch):
         model.add_adapter_fusion(["a", "b"])
 
 
+def test_a_routed_setup_whose_adapter_has_gone(model, monkeypatch):
+    """Both ways in say what helps."""
+    model.routing(["a", "c"])
+    model.delete_adapter("c")
+    message = "got 'c'; a routed setup needs it .see reset_routing"
+    with refused(model, monkeypatch, f"adapter_ids: .*{message}"):
+        model(tiny.ids(1, LENGTH), adapter_ids=[0])
+    with refused(model, monkeypatch, message):
+        model.routing(["b"])
+    model.reset_routing()
+    assert model.routing(["b"]).tolist() == [0]
+
+
+@pytest.mark.parametrize("as_keyword", [True, False])
+def test_the_size_of_embeddings(model, monkeypatch, as_keyword):
+    """By their name or by their place among the arguments."""
+    embeddings = torch.randn(3, LENGTH, 32)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    before = [None] * names.index("inputs_embeds")
+    args, kwargs = (before, {"inputs_embeds": embeddings})
+    if not as_keyword:
+        args, kwargs = [*before, embeddings], {}
+    with refused(model, monkeypatch, "adapter_names: expected 3, one for each row, or 1; got 2"):
+        model(*args, **kwargs, adapter_names=["a", "b"])
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeddings, adapter_names=["a", "b", "d"])[0]
+        assert torch.equal(model(*args, **kwargs, adapter_names=["a", "b", "d"])[0], expected)
+
+
 def test_ids_without_a_routing(model, monkeypatch):
     with refused(model, monkeypatch, "adapter_ids: expected"):
         model(tiny.ids(2, LENGTH), adapter_ids=[0, 0])
@@ -597,6 +651,7 @@ def test_numbers_stay(model):
     assert first.dtype == torch.int64 and first.tolist() == [0, 1, 2, 0]
     assert model.routing([Stack("a", "b"), "d", BASE, "b"]).tolist() == [2, 3, 1, 0]
     assert model.routing([Stack("b")]).tolist() == [0]
+    assert model.routing([]).dtype == torch.int64
     ids = tiny.ids(4, LENGTH)
     with torch.no_grad():
         expected = alone(model, ["b", BASE, Stack("a", "b"), "b"], ids)
@@ -734,11 +789,11 @@ def test_written_parameters_are_seen(model):
 
 
 def test_plans_are_kept_and_forgotten(model):
-    """A place keeps the plans that were used last, and no more."""
+    """A model keeps the plans that were used last, and no more."""
     ids = tiny.ids(2, LENGTH)
     names = ["a", "b", "c", "d", "g"]
     batches = [[x, y] for x in names for y in names if x < y]
-    layer = model.model_adapters.layers[0]
+    plans = model.model_adapters._kept
     with torch.no_grad():
         expected = [alone(model, batch, ids) for batch in batches]
         model.set_active_adapters(None)
@@ -746,13 +801,15 @@ def test_plans_are_kept_and_forgotten(model):
         for _ in range(2):
             for batch, wanted in zip(batches, expected, strict=True):
                 close(model(ids, adapter_names=batch)[0], wanted)
-                assert len(layer._plans) <= 8
+                assert len(plans) <= 8
                 if first is None:
-                    first = weakref.ref(next(iter(layer._plans.values())))
+                    (lowered,) = plans.values()
+                    first = weakref.ref(lowered.plans[model.model_adapters.layers[0]])
+                    del lowered
                 # the other order of the rows is the same plan
-                kept = dict(layer._plans)
+                kept = dict(plans)
                 model(ids, adapter_names=batch[::-1])
-                assert layer._plans == kept
+                assert plans == kept
     gc.collect()
     assert first() is None
 

@@ -1,5 +1,6 @@
 """Threads with different setups on one model at once give what each alone gives."""
 
+import copy
 import sys
 import threading
 
@@ -197,3 +198,104 @@ def test_attentions_in_threads():
                 assert found is None
             else:
                 assert found["a,b"][1]["output_adapter"].shape == (i + 1, LENGTH, 2)
+
+
+def test_a_table_that_is_reset_meanwhile():
+    """A forward has the table that it began with, whole."""
+    model = make(dtype=torch.float64)
+    entries = ["a", Stack("a", "b"), Fuse("a", "b")]
+    batch = tiny.ids(3, LENGTH)
+    with torch.no_grad():
+        expected = alone(model, entries, batch)
+    is_over = threading.Event()
+
+    def reset():
+        while not is_over.is_set():
+            model.reset_routing()
+            model.routing(entries)
+
+    thread = threading.Thread(target=reset)
+    thread.start()
+    try:
+        ran = 0
+        while ran < 30:
+            try:
+                with torch.no_grad():
+                    actual = model(batch, adapter_ids=[0, 1, 2])[0]
+            except ValueError as error:
+                # it began with the empty table
+                assert "adapter_ids: expected numbers" in str(error)
+                continue
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+            ran += 1
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["routing", "names", "context"])
+def test_an_adapter_that_is_replaced_meanwhile(kind, monkeypatch):
+    """What another thread lowers from the old modules is not used behind the change."""
+    model, batch = make(dtype=torch.float64), tiny.ids(1, LENGTH)
+    adapters = model.model_adapters
+    layer = adapters.layers[-1]
+    has_begun, may_end = threading.Event(), threading.Event()
+    lower = layer.lower
+
+    def slow_lower(*args):
+        plan = lower(*args)
+        if threading.current_thread() is thread:
+            has_begun.set()
+            may_end.wait(5)
+        return plan
+
+    def forward():
+        with torch.no_grad():
+            if kind == "routing":
+                return model(batch, adapter_ids=model.routing(["a"]))[0]
+            if kind == "names":
+                return model(batch, adapter_names=["a"])[0]
+            with AdapterSetup("a"):
+                return model(batch)[0]
+
+    thread = threading.Thread(target=forward)
+    monkeypatch.setattr(layer, "lower", slow_lower)
+    update_plans = adapters.update_plans
+
+    def late_update():
+        # the modules are the new ones by now
+        threading.Timer(0.1, may_end.set).start()
+        update_plans()
+
+    monkeypatch.setattr(adapters, "update_plans", late_update)
+    thread.start()
+    assert has_begun.wait(5)
+    model.add_adapter("a", "double_seq_bn[reduction_factor=2]", overwrite_ok=True)
+    thread.join()
+    tiny.randomize(model)
+    model.eval()
+    actual = forward()
+    with torch.no_grad():
+        model.set_active_adapters("a")
+        torch.testing.assert_close(actual, model(batch)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_stale_table_is_lowered_once(monkeypatch):
+    model, batch = make(), tiny.ids(1, LENGTH)
+    numbers = model.routing(["a"])
+    model.add_adapter("new", "double_seq_bn")
+    lowered = []
+    lower = model.model_adapters.lower
+    monkeypatch.setattr(
+        model.model_adapters, "lower", lambda *args: (lowered.append(args), lower(*args))[1]
+    )
+    at_once([lambda: model(batch, adapter_ids=numbers)] * 8)
+    assert len(lowered) == 1
+
+
+def test_a_copy_has_a_lock_of_its_own():
+    model = make()
+    other = copy.deepcopy(model)
+    with other.model_adapters._lock:
+        at_once([lambda: model.routing(["a"])])
+    assert other.routing(["b", "a"]).tolist() == [0, 1]
