@@ -7,7 +7,7 @@ import functools
 import pytest
 import tiny
 import torch
-from test_rows import add_adapters
+from row_models import add_adapters
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
@@ -112,6 +112,29 @@ def test_layers_are_computed_again():
         dense.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         model(IDS)[0].sum().backward()
         assert len(runs) == (1 if kind == "plain" else 2), kind
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_layers_of_every_architecture_are_computed_again(name):
+    grads = []
+    for is_enabled in (False, True):
+        torch.manual_seed(1)
+        model, runs = AutoModelForSequenceClassification.from_config(tiny.CONFIGS[name]), []
+        fastfusion.init(model)
+        add_adapters(model)
+        model.set_active_adapters("a")
+        model.double().train()
+        if is_enabled:
+            model.gradient_checkpointing_enable()
+        _, adapter = list(model.model_adapters.modules("a"))[-1]
+        layer = model.model_adapters.layers[-1]
+        forward = layer.forward
+        layer.forward = lambda *a, runs=runs, forward=forward: runs.append(1) or forward(*a)
+        torch.manual_seed(2)
+        grads.append(grads_of(model, model(IDS)[0].square().sum()))
+        assert len(runs) == 1 + is_enabled
+        assert adapter.adapter_up.weight.grad.abs().max() > 0
+    assert_same_grads(grads[1], grads[0])
 
 
 def test_flexible_heads():

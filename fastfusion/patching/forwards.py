@@ -1,10 +1,12 @@
 """Forwards in place of those of transformers' modules, with the places of adapters in them."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def copy_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -33,7 +35,22 @@ def bert_output(module: nn.Module, hidden_states: Tensor, input_tensor: Tensor) 
 def distilbert_block(block: nn.Module) -> Callable:
     """The replacement for a DistilBERT block of the installed version of transformers."""
     takes_query = "query" in inspect.signature(block.attention.forward).parameters
-    return _distilbert_block_v4 if takes_query else _distilbert_block_v5
+    forward = _distilbert_block_v4 if takes_query else _distilbert_block_v5
+    if "__call__" in vars(GradientCheckpointingLayer):
+        return forward
+    # else transformers checkpoints in the forward that this one replaces
+    return _checkpointed(forward)
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (block.gradient_checkpointing and block.training):
+            return forward(block, *args, **kwargs)
+        function = functools.partial(forward, block, **kwargs)
+        return block._gradient_checkpointing_func(function, *args)
+
+    return checkpointed
 
 
 def _distilbert_tail(block: nn.Module, attention_output: Tensor, hidden_states: Tensor) -> Tensor:
