@@ -207,10 +207,12 @@ def test_temperatures_fall_where_rows_are(model, kind):
     model.add_adapter_fusion(["a", "b"], config, overwrite_ok=True)
     model.add_adapter_fusion(["a", "d"], config)
     model.train()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
 
     def forward(entries):
         value = model.routing(entries) if kind == "adapter_ids" else entries
         model(tiny.ids(len(entries), LENGTH), **{kind: value})
+        optimizer.step()
 
     def temperatures():
         found = []

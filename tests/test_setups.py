@@ -97,9 +97,11 @@ INPUT_IDS = torch.randint(5, 60, (4, 6), generator=torch.Generator().manual_seed
 def states(model, setup):
     """The model's last states under a setup."""
     model.set_active_adapters(setup)
-    tasks = {"task_ids": [0, 1, 1, 0], "head": "a"} if isinstance(setup, MultiTask) else {}
+    tasks = {"task_ids": [0, 1, 1, 0]} if isinstance(setup, MultiTask) else {}
+    # not every child has one of its own
+    head = {"head": "a"} if isinstance(setup, (BatchSplit, MultiTask)) else {}
     with torch.no_grad():
-        return model(INPUT_IDS, output_hidden_states=True, **tasks).hidden_states[-1]
+        return model(INPUT_IDS, output_hidden_states=True, **tasks, **head).hidden_states[-1]
 
 
 SETUPS = [
