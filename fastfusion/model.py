@@ -456,6 +456,7 @@ class ModelAdaptersMixin:
             kwargs: further arguments of transformers' method.
         """
         state = kwargs.pop("state_dict", None) or self.state_dict()
+        state = serialization.whole_state(self, state)
         # ln_before adapters hold their norm under two names; transformers wants no shared tensors
         state = {k: v.clone() if ".adapter_norm_before." in k else v for k, v in state.items()}
         before = self.config.__dict__.get("adapters")

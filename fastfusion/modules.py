@@ -5,6 +5,7 @@ State-dict keys are those of `adapters`: `adapters.<name>.adapter_down.0.weight`
 """
 
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from numbers import Real
@@ -162,10 +163,18 @@ class Adapter(nn.Module):
 
 _cooling: "weakref.WeakSet[AdapterFusion]" = weakref.WeakSet()
 """The fusions of the process that have a temperature."""
+_cooling_lock = threading.Lock()
+
+
+def _add_cooling(fusion: "AdapterFusion") -> None:
+    with _cooling_lock:
+        _cooling.add(fusion)
 
 
 def _count_optimizer_step(*_: Any) -> None:
-    for fusion in list(_cooling):
+    with _cooling_lock:
+        fusions = list(_cooling)
+    for fusion in fusions:
         fusion.count_optimizer_step()
 
 
@@ -177,8 +186,8 @@ class AdapterFusion(nn.Module):
     """The parameters of one fusion layer at one place.
 
     With `temperature`, the scores' temperature falls by one thousandth of its start in every
-    training step: a step of a `torch.optim` optimizer after one or more forwards in training mode.
-    With `peer_temperature` it falls in every forward.
+    training step: a step of any `torch.optim` optimizer after one or more forwards in training
+    mode. With `peer_temperature` it falls in every forward.
 
     Args:
         config: its config.
@@ -210,14 +219,14 @@ class AdapterFusion(nn.Module):
         if config["temperature"]:
             start = torch.tensor(self.INITIAL_TEMPERATURE)
             self.register_buffer("temperature", start, persistent=False)
-            _cooling.add(self)
+            _add_cooling(self)
         else:
             self.temperature = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.temperature is not None:  # copies cool down too
-            _cooling.add(self)
+            _add_cooling(self)
 
     def _apply(self, fn, recurse=True):
         # half precision cannot hold 50 - 0.05: the temperature moves along, its dtype stays

@@ -216,7 +216,10 @@ class PackCache:
 
     def drop(self) -> None:
         """Every pack is rebuilt at its next use."""
-        for packs in list(self._packs.values()):
+        # keyrefs() copies at once: other threads may add packs
+        for reference in self._packs.keyrefs():
+            owner = reference()
+            packs = {} if owner is None else self._packs.get(owner, {})
             for pack in list(packs.values()):
                 pack.drop()
 

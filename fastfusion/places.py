@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -53,10 +53,19 @@ class _Lock:
         return _Lock, ()
 
 
-@contextmanager
-def _nested(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
-    with outer, inner:
-        yield
+class _Nested:
+    """One context inside another; as often as a backward is run again."""
+
+    def __init__(self, outer: AbstractContextManager, inner: AbstractContextManager):
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
 
 
 class ModelAdapters:
@@ -207,7 +216,7 @@ class ModelAdapters:
             # the base model by itself
             forward = ForwardContext(plans=self.current_plans())
         first, again = context_fn()
-        return first, _nested(again, forward.silent())
+        return first, _Nested(again, forward.silent())
 
     @property
     def skip_layers(self) -> Sequence[int]:

@@ -138,6 +138,22 @@ def _computed(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
     return state
 
 
+def whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict with what parametrizations of adapters, fusions and heads compute."""
+    config = model.adapters_config
+    carried = [("adapter", config.adapters), ("fusion", config.fusions)]
+    carried.append(("head", getattr(model, "heads", ())))
+    whole = dict(state)
+    for kind, names in carried:
+        for name in names:
+            selected = select(whole, kind, name)
+            computed = _computed(model, selected)
+            for key in selected.keys() - computed.keys():
+                del whole[key]
+            whole |= computed
+    return whole
+
+
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into a module; a parameter that is computed is set by its parametrization."""
     tensors = dict(tensors)

@@ -137,6 +137,19 @@ def test_layers_of_every_architecture_are_computed_again(name):
     assert_same_grads(grads[1], grads[0])
 
 
+def test_a_backward_that_runs_again():
+    model = make("enabled")
+    model.set_active_adapters("a")
+    loss = model(IDS)[0].square().sum()
+    model.set_active_adapters("b")
+    loss.backward(retain_graph=True)
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    loss.backward()
+    twice = [p.grad for p in model.parameters() if p.grad is not None]
+    for once, both in zip(grads, twice, strict=True):
+        torch.testing.assert_close(both, 2 * once, rtol=1e-9, atol=1e-9)
+
+
 def test_flexible_heads():
     grads = []
     for kind in ("plain", "base model"):

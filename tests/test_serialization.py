@@ -897,6 +897,13 @@ def test_parametrized_weights(model, tmp_path, is_fresh):
     files.save_adapter_fusion(model, tmp_path, "a,c")
     for names, directory in ((ADAPTER_FILES, tmp_path / "a"), (FUSION_FILES, tmp_path)):
         assert not any("parametrizations" in key for key in read_files(directory, names)[1])
+    model.active_head = "a"
+    model.save_pretrained(tmp_path / "model")
+    whole = AutoAdapterModel.from_pretrained(tmp_path / "model")
+    whole.set_active_adapters(Fuse("a", "c"))
+    whole.active_head = "a"
+    with torch.no_grad():
+        torch.testing.assert_close(whole(input_ids=tokens).logits, expected)
     head = model.heads["a"]
     randomize(model, seed=1)
     other = flexible() if is_fresh else model

@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny
 import torch
-from test_rows import BASE, ENTRIES, LENGTH, alone, make, setup_of
+from row_models import BASE, ENTRIES, LENGTH, alone, make, setup_of
 
 from fastfusion import AdapterSetup
 from fastfusion.composition import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
@@ -102,7 +102,7 @@ def test_8_threads(kind, backend, fresh):
     expected = [work() for work in works]
     if fresh:
         # every thread makes its plan and its packs while the others do
-        model.set_active_adapters("d")
+        model.model_adapters.update_plans()
     for own, results in zip(expected, at_once(works), strict=True):
         assert len(results) == ROUNDS
         assert all(torch.equal(result, own) for result in results)
@@ -218,7 +218,7 @@ def test_a_table_that_is_reset_meanwhile():
     thread.start()
     try:
         ran = 0
-        while ran < 30:
+        while ran < 30 and thread.is_alive():
             try:
                 with torch.no_grad():
                     actual = model(batch, adapter_ids=[0, 1, 2])[0]
@@ -228,6 +228,7 @@ def test_a_table_that_is_reset_meanwhile():
                 continue
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
             ran += 1
+        assert ran == 30
     finally:
         is_over.set()
         thread.join()
