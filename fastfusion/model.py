@@ -633,7 +633,8 @@ class ModelAdaptersMixin:
             shape = rows.channel_shape(shape, setup.parallel_channels, _HAS_COPIES)
         rows.check_sizes(lowered.needed, shape, past)
         numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
-        return lowered, {"row_numbers": numbers, "past": past, "has_copies": has_copies}
+        own = {"setup": setup, "row_numbers": numbers, "past": past, "has_copies": has_copies}
+        return lowered, own
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple:
         """What generate() starts with: under a Parallel each channel's own copy of the batch."""
