@@ -15,6 +15,7 @@ from . import reference, rows, saved_setups, serialization
 from .composition import (
     AdapterCompositionBlock,
     Fuse,
+    MultiTask,
     Split,
     as_fuse,
     blocks,
@@ -725,13 +726,16 @@ class ModelAdaptersMixin:
 
         Args:
             setups: that it runs.
-            own: what its rows have; of setups for each row those that no row has do not count,
-                where the rows' numbers can be looked at.
+            own: what its rows have; of setups for each row, or of a MultiTask's children, those
+                that no row has do not count, where the rows' numbers can be looked at.
         """
         if not any(config["temperature"] for config in self.adapters_config.fusions.values()):
             return []
-        if "row_setups" in own and rows.can_look_at(own["row_numbers"]):
-            setups = [setups[number] for number in own["row_numbers"].unique().tolist()]
+        setup, numbers = own.get("setup"), own["row_numbers"]
+        # a MultiTask inside a Stack has no Fuse
+        choices = setup if isinstance(setup, MultiTask) else own.get("row_setups")
+        if choices is not None and rows.can_look_at(numbers):
+            setups = [choices[number] for number in numbers.unique().tolist()]
         names = {fuse.name for setup in setups for fuse in fuses(setup)}
         return [
             module

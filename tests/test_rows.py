@@ -228,6 +228,26 @@ def test_temperatures_fall_where_rows_are(model, kind):
     assert temperatures() == pytest.approx([49.9, 49.95])
 
 
+def test_temperatures_fall_where_tasks_are(model):
+    """Not those of a MultiTask's children that no row of the batch has."""
+    config = {"temperature": True}
+    fusions = [["a", "b"], ["a", "d"], ["b", "d"]]
+    for names in fusions:
+        model.add_adapter_fusion(names, config, overwrite_ok=names == ["a", "b"])
+    model.set_active_adapters(MultiTask(*map(Fuse, *zip(*fusions, strict=True)), "d"))
+    model.train()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for tasks in ([0, 1], torch.tensor([0, 0])):
+        model(tiny.ids(2, LENGTH), task_ids=tasks)
+        optimizer.step()
+    found = []
+    for names in fusions:
+        _, fusion = next(model.model_adapters.fusion_modules(",".join(names)))
+        fusion.settle_temperature()
+        found.append(fusion.temperature.item())
+    assert found == pytest.approx([49.9, 49.95, 50.0])
+
+
 def test_names_of_tasks(model):
     ids = tiny.ids(4, LENGTH)
     model.set_active_adapters(MultiTask("a", "d"))
