@@ -694,6 +694,37 @@ def test_a_model_inside_another_ones_forward(model):
     close(found[0], expected)
 
 
+def test_layers_inside_another_ones_forward(model):
+    """Places whose model is not running see nothing of a forward that is another model's."""
+    other, ids, hidden = make(), tiny.ids(2, LENGTH), torch.randn(2, LENGTH, 32)
+    found, call = [], {"output_adapter_fusion_attentions": True, "adapter_names": [Fuse("a", "b")]}
+
+    def within(setup, **arguments):
+        other.set_active_adapters(setup)
+        hook = model.encoder.layer[1].register_forward_hook(
+            lambda *_: found.append(other.encoder(hidden)[0])
+        )
+        try:
+            return model(ids, **arguments)
+        finally:
+            hook.remove()
+
+    with torch.no_grad():
+        other.set_active_adapters(Parallel("a", "d"))
+        expected = other.encoder(hidden)[0]
+        model.set_active_adapters(Parallel("a", "d"))
+        within(Parallel("a", "d"), adapter_input_parallelized=True)
+        close(found[0], expected)
+        with pytest.raises(ValueError, match="task_ids: needed by a MultiTask"):
+            within(MultiTask("a", "d"), adapter_names=["a", "d"])
+        attentions = model(ids, **call).adapter_fusion_attentions
+        assert attentions.keys() == {"a,b"}
+        others = within(Fuse("a", "b"), **call).adapter_fusion_attentions
+        for layer, places in attentions["a,b"].items():
+            for location, attention in places.items():
+                close(others["a,b"][layer][location], attention)
+
+
 def test_what_changes_after_a_routing(model):
     """Numbers see new modules and layers that are left out, compiled models after a routing."""
     ids = tiny.ids(2, LENGTH)
