@@ -81,6 +81,7 @@ class ForwardContext:
             for each `[fusion][layer][location]`.
         output_adapter_gating_scores: collect `adapter_gating_scores`, a tensor [B] for each
             `[adapter][layer][location]`.
+        setup: the one of all rows; None too where they have setups of their own.
         row_setups: distinct setups, one of which each row has.
         row_numbers: [B], integers: which of `row_setups`, or of a MultiTask's children, a row has.
         past: tokens before those of the forward, in its key-value cache.
@@ -95,6 +96,7 @@ class ForwardContext:
         output_adapter_fusion_attentions: bool = False,
         output_adapter_gating_scores: bool = False,
         plans: Mapping[Any, Any] = MappingProxyType({}),
+        setup: AdapterCompositionBlock | None = None,
         row_setups: tuple[AdapterCompositionBlock | None, ...] | None = None,
         row_numbers: Tensor | None = None,
         past: int = 0,
@@ -103,6 +105,7 @@ class ForwardContext:
         self.output_adapter_fusion_attentions = output_adapter_fusion_attentions
         self.output_adapter_gating_scores = output_adapter_gating_scores
         self.plans = plans
+        self.setup = setup
         self.row_setups = row_setups
         self.row_numbers = row_numbers
         self.past = past
@@ -128,6 +131,7 @@ class ForwardContext:
         """The same plans and rows, and nothing to report."""
         return ForwardContext(
             plans=self.plans,
+            setup=self.setup,
             row_setups=self.row_setups,
             row_numbers=self.row_numbers,
             past=self.past,

@@ -82,7 +82,9 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
             return_dict: an output object, or a tuple; of several heads, a tuple for each.
             kwargs: further arguments of the base model; `output_adapter_fusion_attentions`,
                 `output_adapter_gating_scores`: what `fastfusion.context.ForwardContext` lists; one
-                of `adapter_names`, `adapter_ids`, `task_ids`: each row's setup.
+                of `adapter_names`, `adapter_ids`, `task_ids`: each row's setup;
+                `adapter_input_parallelized=True`: inputs, mask and labels hold the batch once for
+                each channel of a Parallel already, [C * B, ...].
 
         Returns:
             The head's output, or the base model's where no head is active. Of several heads a
@@ -142,9 +144,10 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         if head is None and context is not None:
             head, argument = context.head_setup, "head_setup"
         heads = self.check_heads(head, argument)
-        setups, numbers = forward.row_setups, forward.row_numbers
-        setup = self._setups(None)[0] if setups is None else None
+        setup, setups, numbers = forward.setup, forward.row_setups, forward.row_numbers
         channels = 1 if setup is None else setup.parallel_channels
+        if forward.has_copies:
+            batch_size //= channels
         size = channels * batch_size
 
         if heads is None:
@@ -181,16 +184,18 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
         Raises:
             ValueError: some children of a Parallel or BatchSplit have heads of their names and some
-                not, and no others were chosen for each child.
+                not, and no others were chosen for each child; or none has, and the active ones came
+                along with another setup, one for each of its children.
         """
         own, active = _heads_of(setup), self.active_head
         names = head_names(own)
         missing = [name for name in names if name not in self.heads]
-        if is_context and names and not missing:
+        # heads that came along are for the children of the setup that brought them
+        is_others = is_context or (self._head_came_along and len(names) > 1)
+        if is_others and names and not missing:
             return self.check_heads(own, "head_setup")
         is_partial = 0 < len(missing) < len(names)
-        if is_context:
-            # a head for each child is there for the children of the active setup
+        if is_others:
             is_wrong = is_partial or (len(names) > 1 and isinstance(active, (list, BatchSplit)))
         elif isinstance(own, BatchSplit):
             # another head may be there from before; a BatchSplit of them was chosen
@@ -256,7 +261,8 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
 
         A name brings its head, a Stack what its last element brings, a Parallel a list of its
         children's heads, a BatchSplit a BatchSplit of them. Where the model lacks one, and for
-        other blocks, the active head stays.
+        other blocks, the active head stays; one that came along serves no Parallel or BatchSplit
+        some of whose children have heads, nor do several that came along: a forward then raises.
 
         Args:
             adapter_setup, skip_layers: as in `ModelAdaptersMixin.set_active_adapters`.
@@ -269,6 +275,7 @@ class _FlexibleModel(FlexibleHeadsMixin, ModelAdaptersMixin):
         heads = _heads_of(self.active_adapters)
         if heads is not None and all(name in self.heads for name in head_names(heads)):
             self.active_head = heads
+            self._head_came_along = True
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -426,6 +426,8 @@ class FlexibleHeadsMixin:
         """Make the heads that `config.prediction_heads` lists."""
         self.heads = nn.ModuleDict()
         self._active_head: Heads | None = None
+        self._head_came_along = False
+        """Whether a setup brought the active head; else the user chose it."""
         configs = getattr(self.config, "prediction_heads", None) or {}
         self.config.prediction_heads = {}
         for name, config in configs.items():
@@ -549,6 +551,7 @@ class FlexibleHeadsMixin:
             self.config.label2id = dict(self.heads[heads].config["label2id"])
             self.config.id2label = self.get_labels_dict(heads)
         self._active_head = heads
+        self._head_came_along = False
 
     def check_heads(self, heads: Heads | None, argument: str) -> Heads | None:
         """Heads as `active_head` takes them, with a list of one as its name, of none as None.

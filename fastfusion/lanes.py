@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .context import ForwardContext
 from .lowering import Plan, Region
 from .mixture import Mixture, MixtureGroup, compute_dtype
 from .modules import Adapter
@@ -174,8 +173,7 @@ class GroupedCall:
             ones = state.hidden.new_ones(*state.hidden.shape[:-1], widest)
             mask = F.dropout(ones, self._group.dropout)
         hidden, attention = self._group.run(state.hidden, kept, groups.flatten(), mask)
-        context = ForwardContext.get_context()
-        if context is not None and context.output_adapter_fusion_attentions:
+        if around.forward.output_adapter_fusion_attentions:
             for number, step in self._fusions.items():
                 own_attention = attention[..., : len(step.mixture.adapters)]
                 step.report(own_attention, around, groups == number)
@@ -228,10 +226,10 @@ class LoneCall:
 
     def _part(self, shape: torch.Size, around: Around) -> Part:
         region = self._region
-        rows, tokens = _rows(region, shape[0], around.copies), _tokens(region, around.past)
+        rows, tokens = _rows(region, shape[0], around.copies), _tokens(region, around.forward.past)
         if region.task is None:
             return Part(rows, tokens)
-        own = _row_numbers(around.copies)[rows] == region.task
+        own = _row_numbers(around)[rows] == region.task
         if not can_look_at(own):
             return Part(rows, tokens, own.to(around.input.device))
         return Part(torch.arange(shape[0])[rows][own], tokens)
@@ -341,7 +339,7 @@ class BoundPlan:
         table = self._lane_table(size, length, around)
         if self.plan.tasks is None:
             return table[0].expand(size, length)
-        numbers = _row_numbers(around.copies, hidden.device)
+        numbers = _row_numbers(around, hidden.device)
         rows = torch.arange(size, device=hidden.device) if table.shape[1] > 1 else 0
         return table[numbers, rows].expand(size, length)
 
@@ -353,7 +351,7 @@ class BoundPlan:
         if torch.compiler.is_compiling():
             # a graph that reads what is kept here would be traced again when that changes
             return self._made_table(size, length, around)
-        key = size, length, around.copies, around.past, around.input.device
+        key = size, length, around.copies, around.forward.past, around.input.device
         layout = self._layout
         if layout is None or layout[0] != key:
             # another thread may have put its own there meanwhile
@@ -365,7 +363,7 @@ class BoundPlan:
         for i, lane in enumerate(self.lanes):
             region = lane.region
             tasks = slice(None) if region.task is None else region.task
-            rows, tokens = _rows(region, size, around.copies), _tokens(region, around.past)
+            rows, tokens = _rows(region, size, around.copies), _tokens(region, around.forward.past)
             table[tasks, rows, tokens] = i
         return table.to(around.input.device)
 
@@ -389,15 +387,15 @@ def _tokens(region: Region, past: int) -> slice:
     return slice(max(0, start - past), None if end is None else max(0, end - past))
 
 
-def _row_numbers(copies: int, device: torch.device | None = None) -> Tensor:
-    context = ForwardContext.get_context()
-    if context is None or context.row_numbers is None:
+def _row_numbers(around: Around, device: torch.device | None = None) -> Tensor:
+    forward = around.forward
+    if forward.row_numbers is None:
         raise ValueError(
             "task_ids: needed by a MultiTask; call the model that has the adapters, not the base "
             "model inside it"
         )
-    numbers = context.row_numbers if device is None else context.row_numbers_on(device)
-    return numbers.repeat(copies)
+    numbers = forward.row_numbers if device is None else forward.row_numbers_on(device)
+    return numbers.repeat(around.copies)
 
 
 _PRE_FIELDS = ("is_parallel", "original_ln_before", "residual_before_ln")

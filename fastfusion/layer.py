@@ -13,6 +13,9 @@ from .modules import NamedModules
 from .packing import PackCache
 from .steps import Around, State, Step, score_mask
 
+_OUTSIDE = ForwardContext()
+"""Where no forward of the place's model is running."""
+
 
 class PlaceSettings(Protocol):
     """What the places of one model share."""
@@ -55,9 +58,14 @@ class AdapterLayer:
 
     def current_plan(self) -> BoundPlan:
         """The plan of this forward, or of the next one where the model's is not running."""
+        forward = self._forward_context()
+        plans = self.settings.current_plans() if forward is _OUTSIDE else forward.plans
+        return plans[self]
+
+    def _forward_context(self) -> ForwardContext:
+        """Of this model's forward: this may run inside another model's, whose rows are others."""
         forward = ForwardContext.get_context()
-        plan = None if forward is None else forward.plans.get(self)
-        return self.settings.current_plans()[self] if plan is None else plan
+        return _OUTSIDE if forward is None or self not in forward.plans else forward
 
     def _bind(self, plan: Plan) -> BoundPlan:
         mixtures: dict[Stage, Mixture] = {}
@@ -118,19 +126,18 @@ class AdapterLayer:
             ValueError: the setup asks for another batch size or sequence length.
         """
         plan = self.current_plan()
-        forward = ForwardContext.get_context()
-        past, has_copies = (0, False) if forward is None else (forward.past, forward.has_copies)
+        forward = self._forward_context()
         copies = channels = plan.plan.channels
-        if channels > 1 and not (has_copies or self.settings.has_copies(self)):
+        if channels > 1 and not (forward.has_copies or self.settings.has_copies(self)):
             if plan.plan.has_channels:
                 hidden, input = (t.repeat(channels, 1, 1) for t in (hidden, input))
             else:
                 copies = 1
         is_literal = self.settings.backend == "reference"
-        around = Around(input, layer_norm, is_literal, self._record, copies, past)
+        around = Around(input, layer_norm, is_literal, self._record, copies, forward)
         if plan.plan.is_whole:
             return self._run_whole(plan.lanes[0], hidden, around)
-        plan.plan.check(hidden.shape[0] // copies, past + hidden.shape[1])
+        plan.plan.check(hidden.shape[0] // copies, forward.past + hidden.shape[1])
         return plan.run(State(hidden, input), around, is_inner=False)
 
     def _run_whole(self, lane: BoundLane, hidden: Tensor, around: Around) -> Tensor:
@@ -158,6 +165,6 @@ class AdapterLayer:
         return lane.post(state.hidden, hidden, around)
 
     def _record(self, output: str, name: str, value: Tensor, own: Tensor | None = None) -> None:
-        context = ForwardContext.get_context()
-        if context is not None and getattr(context, f"output_{output}"):
-            context.record(output, name, self.layer_idx, self.location, value, own)
+        forward = self._forward_context()
+        if getattr(forward, f"output_{output}"):
+            forward.record(output, name, self.layer_idx, self.location, value, own)

@@ -15,6 +15,7 @@ from . import reference, rows, saved_setups, serialization
 from .composition import (
     AdapterCompositionBlock,
     Fuse,
+    MultiTask,
     Split,
     as_fuse,
     blocks,
@@ -634,7 +635,8 @@ class ModelAdaptersMixin:
             shape = rows.channel_shape(shape, setup.parallel_channels, _HAS_COPIES)
         rows.check_sizes(lowered.needed, shape, past)
         numbers = rows.task_numbers(setup, given.get("task_ids"), shape)
-        return lowered, {"row_numbers": numbers, "past": past, "has_copies": has_copies}
+        own = {"setup": setup, "row_numbers": numbers, "past": past, "has_copies": has_copies}
+        return lowered, own
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple:
         """What generate() starts with: under a Parallel each channel's own copy of the batch."""
@@ -725,13 +727,16 @@ class ModelAdaptersMixin:
 
         Args:
             setups: that it runs.
-            own: what its rows have; of setups for each row those that no row has do not count,
-                where the rows' numbers can be looked at.
+            own: what its rows have; of setups for each row, or of a MultiTask's children, those
+                that no row has do not count, where the rows' numbers can be looked at.
         """
         if not any(config["temperature"] for config in self.adapters_config.fusions.values()):
             return []
-        if "row_setups" in own and rows.can_look_at(own["row_numbers"]):
-            setups = [setups[number] for number in own["row_numbers"].unique().tolist()]
+        setup, numbers = own.get("setup"), own["row_numbers"]
+        # a MultiTask inside a Stack has no Fuse
+        choices = setup if isinstance(setup, MultiTask) else own.get("row_setups")
+        if choices is not None and rows.can_look_at(numbers):
+            setups = [choices[number] for number in numbers.unique().tolist()]
         names = {fuse.name for setup in setups for fuse in fuses(setup)}
         return [
             module

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .context import ForwardContext
 from .lowering import Stage
 from .mixture import Mixture
 from .modules import Adapter, AdapterFusion, parameters_by_name
@@ -26,10 +27,10 @@ class Around(NamedTuple):
     record: Callable[..., None]
     """Takes an output's name, a fusion's or an adapter's, and value and `own` as
     `ForwardContext.record` does."""
-    copies: int = 1
+    copies: int
     """How often the rows hold the batch, under a Parallel."""
-    past: int = 0
-    """Tokens before these, in a key-value cache."""
+    forward: ForwardContext
+    """What the model's forward says of these rows; an empty one outside of it."""
 
 
 class State(NamedTuple):

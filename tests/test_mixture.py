@@ -64,7 +64,8 @@ def run(layer, backend, hidden, input, norm, grad):
     for parameter in parameters.values():
         parameter.grad = None
     torch.manual_seed(3)
-    with ForwardContext(output_adapter_fusion_attentions=True) as context:
+    plans = layer.settings.current_plans()
+    with ForwardContext(output_adapter_fusion_attentions=True, plans=plans) as context:
         out = layer.forward(hidden, input, norm)
     out.backward(grad)
     grads = {name: p.grad for name, p in parameters.items()}

@@ -228,6 +228,26 @@ def test_temperatures_fall_where_rows_are(model, kind):
     assert temperatures() == pytest.approx([49.9, 49.95])
 
 
+def test_temperatures_fall_where_tasks_are(model):
+    """Not those of a MultiTask's children that no row of the batch has."""
+    config = {"temperature": True}
+    fusions = [["a", "b"], ["a", "d"], ["b", "d"]]
+    for names in fusions:
+        model.add_adapter_fusion(names, config, overwrite_ok=names == ["a", "b"])
+    model.set_active_adapters(MultiTask(*map(Fuse, *zip(*fusions, strict=True)), "d"))
+    model.train()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for tasks in ([0, 1], torch.tensor([0, 0])):
+        model(tiny.ids(2, LENGTH), task_ids=tasks)
+        optimizer.step()
+    found = []
+    for names in fusions:
+        _, fusion = next(model.model_adapters.fusion_modules(",".join(names)))
+        fusion.settle_temperature()
+        found.append(fusion.temperature.item())
+    assert found == pytest.approx([49.9, 49.95, 50.0])
+
+
 def test_names_of_tasks(model):
     ids = tiny.ids(4, LENGTH)
     model.set_active_adapters(MultiTask("a", "d"))
@@ -672,6 +692,37 @@ def test_a_model_inside_another_ones_forward(model):
         model(ids, adapter_names=["a", "d"])
         hook.remove()
     close(found[0], expected)
+
+
+def test_layers_inside_another_ones_forward(model):
+    """Places whose model is not running see nothing of a forward that is another model's."""
+    other, ids, hidden = make(), tiny.ids(2, LENGTH), torch.randn(2, LENGTH, 32)
+    found, call = [], {"output_adapter_fusion_attentions": True, "adapter_names": [Fuse("a", "b")]}
+
+    def within(setup, **arguments):
+        other.set_active_adapters(setup)
+        hook = model.encoder.layer[1].register_forward_hook(
+            lambda *_: found.append(other.encoder(hidden)[0])
+        )
+        try:
+            return model(ids, **arguments)
+        finally:
+            hook.remove()
+
+    with torch.no_grad():
+        other.set_active_adapters(Parallel("a", "d"))
+        expected = other.encoder(hidden)[0]
+        model.set_active_adapters(Parallel("a", "d"))
+        within(Parallel("a", "d"), adapter_input_parallelized=True)
+        close(found[0], expected)
+        with pytest.raises(ValueError, match="task_ids: needed by a MultiTask"):
+            within(MultiTask("a", "d"), adapter_names=["a", "d"])
+        attentions = model(ids, **call).adapter_fusion_attentions
+        assert attentions.keys() == {"a,b"}
+        others = within(Fuse("a", "b"), **call).adapter_fusion_attentions
+        for layer, places in attentions["a,b"].items():
+            for location, attention in places.items():
+                close(others["a,b"][layer][location], attention)
 
 
 def test_what_changes_after_a_routing(model):

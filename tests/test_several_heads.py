@@ -131,6 +131,12 @@ def test_head_of_all_channels(model, batch):
         check_parts(model(**batch), expected)
     model.active_head = ["spare", "spare"]
     check_parts(model(**batch), expected)
+    # what was chosen stays, even where it is what a setup brought before
+    model.set_active_adapters(Parallel("a", "b"))
+    model.active_head = model.active_head
+    model.set_active_adapters(Parallel("a", "d"))
+    pairs = zip("ad", "ab", strict=True)
+    check_parts(model(**batch), [alone(model, *pair, batch) for pair in pairs])
 
 
 def test_parallel_without_heads(model, batch):
@@ -143,6 +149,43 @@ def test_parallel_without_heads(model, batch):
     assert model(**batch).last_hidden_state.shape == (10, 7, 32)
     with AdapterSetup(Parallel("a", "b")):
         assert model(**batch).last_hidden_state.shape == (10, 7, 32)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Parallel("a", "b"),
+        Stack(Parallel("a", "d"), BatchSplit("b", "c", batch_sizes=[1, 4])),
+        Stack(Parallel("a", "d"), MultiTask("b", "c")),
+    ],
+    ids=repr,
+)
+def test_copies_that_the_rows_hold_already(model, batch, setup):
+    model.set_active_adapters(setup)
+    tasks = {"task_ids": [1, 0, 0, 1, 1]} if isinstance(setup[-1], MultiTask) else {}
+    copies = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
+    copies |= tasks | {"adapter_input_parallelized": True}
+    check_parts(model(**copies), model(**batch, **tasks))
+    check_parts(model(**copies, head="spare"), model(**batch, **tasks, head="spare"))
+    model.active_head = None
+    model.set_active_adapters("d")
+    own = model(**batch, head="spare", adapter_input_parallelized=True)
+    assert own.logits.equal(model(**batch, head="spare").logits)
+
+
+def test_setup_that_changes_behind_the_plans(model, batch, monkeypatch):
+    """As another thread may: a forward's heads are those of the setup whose plans it has."""
+    model.set_active_adapters(Parallel("a", "b"))
+    expected = model(**batch)
+
+    def switch(*arguments):
+        monkeypatch.undo()
+        model.set_active_adapters(Parallel("c", "b", "a"))
+        return model.check_heads(*arguments)
+
+    monkeypatch.setattr(model, "check_heads", switch)
+    check_parts(model(**batch), expected)
+    assert model.active_head == ["c", "b", "a"]
 
 
 def test_channels_that_no_layer_copies(model, batch):
@@ -540,6 +583,38 @@ BAD_CALLS = {
     "a BatchSplit lacks a head behind a Parallel that had its own": (
         lambda m, b: (
             m.set_active_adapters(Parallel("a", "b")),
+            m.set_active_adapters(BatchSplit("a", "d", batch_sizes=[2, 3])),
+            m(**b),
+        ),
+        r"active_head: .*none for \['d'\]",
+    ),
+    "a Parallel lacks a head behind one that had its own": (
+        lambda m, b: (
+            m.set_active_adapters(Parallel("a", "b")),
+            m.set_active_adapters(Parallel("a", "d")),
+            m(**b),
+        ),
+        r"active_head: expected a head for each child of Parallel\('a', 'd'\).*none for \['d'\]",
+    ),
+    "a Parallel lacks a head behind a name that had its own": (
+        lambda m, b: (
+            m.set_active_adapters("a"),
+            m.set_active_adapters(Parallel("a", "d")),
+            m(**b),
+        ),
+        r"active_head: expected a head for each child of Parallel\('a', 'd'\).*none for \['d'\]",
+    ),
+    "a Parallel has no heads behind one that had its own": (
+        lambda m, b: (
+            m.set_active_adapters(Parallel("a", "b")),
+            m.set_active_adapters(Parallel("d", Stack("a", "d"))),
+            m(**b),
+        ),
+        r"active_head: .*none for \['d', 'd'\]",
+    ),
+    "a BatchSplit lacks a head behind one that had its own": (
+        lambda m, b: (
+            m.set_active_adapters(BatchSplit("a", "b", batch_sizes=[2, 3])),
             m.set_active_adapters(BatchSplit("a", "d", batch_sizes=[2, 3])),
             m(**b),
         ),
