@@ -27,7 +27,7 @@ test: venv
 
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_adapter_fusion.py tests/test_grouped.py \
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_adapter_fusion.py tests/test_grouped.py \
 	  tests/test_golden.py
 
 test-gpu: venv
