@@ -122,11 +122,13 @@ def compiled_pair(target, dtype, hidden, sizes, rows):
         return torch.empty(*shape, dtype=dtype)
 
     x = empty(rows, hidden)
+    w_score, b_score = empty(columns + adapters, hidden), empty(columns + adapters)
     first, second, _ = two_launches.launch_arguments(
-        [x], None, x, None, empty(columns, hidden), empty(columns),
-        empty(columns + adapters, hidden), empty(columns + adapters),
-        empty(columns + adapters, hidden), None, None, None, [(0, 0, 0)], [adapters], sizes,
-        [1] * adapters, target,
+        x=[x], query=None, residual=x, groups=None,
+        w_down=empty(columns, hidden), b_down=empty(columns), w_score=w_score,
+        b_score=b_score, w_out=empty(columns + adapters, hidden), temperature=None, mask=None,
+        score_offset=None, starts=[(0, 0, 0)], counts=[adapters], sizes=sizes,
+        activations=[1] * adapters, target=target,
     )  # fmt: skip
     return (
         compiled_for(target, two_launches.adapter_columns_kernel, first),
@@ -269,6 +271,18 @@ def test_two_launches(target, dtype, rows, tmp_path):
             assert MATRIX_UNITS[target] in kernel.asm["ptx"]
         else:
             assert "tf32" not in kernel.asm["ptx"]
+
+
+# an offset in 32 bits would overflow in a tensor of 2**31 elements
+def test_offsets_of_rows_are_wide():
+    bf16 = torch.bfloat16
+    for kernel in (
+        compiled(SM_90, bf16, **BERT),
+        compiled_grouped(SM_90, bf16, **GROUPED_BERT),
+        *compiled_pair(SM_90, bf16, 768, [48] * 8, 16384),
+    ):
+        assert re.search(r"arith\.muli .*tensor<\d+x1xi64>", kernel.asm["ttir"])
+        assert not re.search(r"arith\.muli .*tensor<\d+x1xi32>", kernel.asm["ttir"])
 
 
 def test_two_launches_are_compiled_once_for_any_number_of_rows():

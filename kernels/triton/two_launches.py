@@ -22,7 +22,8 @@ these ceil(H / BLOCK_H) times, from L2 after the first, and the residual once, a
 Device memory sees x, residual and output once, z written and read.
 
 Precision, determinism: as in `adapter_fusion.py`, but z is rounded to the inputs' dtype before it
-is weighed, as the literal formulas do.
+is weighed, as the literal formulas do. Tiles are larger from 4096 rows on (`two_launch_schedule`),
+so a row's bits may differ between a call of fewer rows and one of more.
 """
 
 import functools
@@ -49,7 +50,6 @@ from .tiles import (
     dot_one_hot,
     dot_rows,
     padded,
-    target_of,
     two_launch_schedule,
     widest,
 )
@@ -374,6 +374,7 @@ def adapter_output_kernel(
 
 
 def launch_arguments(
+    *,
     x: Sequence[Tensor],
     query: Tensor | None,
     residual: Tensor | None,
@@ -432,7 +433,6 @@ def launch_arguments(
         "blocks_ptr": block_table,
         "groups_ptr": found.groups,
         "columns_ptr": found.columns,
-        "adapters_ptr": found.adapters,
         "num_rows": num_rows,
         "num_adapters": adapters,
         "stride_zm": z.stride(0),
@@ -460,6 +460,7 @@ def launch_arguments(
         "BLOCK_K": blocks["BLOCK_K"],
     }
     second = shared | {
+        "adapters_ptr": found.adapters,
         "residual_ptr": residual,
         "w_out_ptr": w_out.contiguous(),
         "temperature_ptr": temperature,
@@ -474,14 +475,11 @@ def launch_arguments(
         "BLOCK_K": blocks["BLOCK_K"],
         "BLOCK_H": blocks["BLOCK_H"],
     }
-    del first["adapters_ptr"]
     return first, second, row_blocks
 
 
-def launch(*arguments) -> tuple[Tensor, Tensor]:
-    """Both launches, with the arguments of `launch_arguments` up to the target; out and p."""
-    like = arguments[0][0]
-    first, second, row_blocks = launch_arguments(*arguments, target_of(like.device))
+def launch(first: dict, second: dict, row_blocks: int) -> tuple[Tensor, Tensor]:
+    """Both launches, with what `launch_arguments` returns; out and p."""
     out, p = second["out_ptr"], second["p_ptr"]
     if out.numel() > 0:
         h_tiles = triton.cdiv(out.shape[1], second["BLOCK_H"])
