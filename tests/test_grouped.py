@@ -248,8 +248,10 @@ def test_triton_writes_each_row_once_in_any_order(rows, with_residual, launches)
         w_in, b_in, w_out, sizes, activations, *layout = weights
         found = grouped.starts(sizes, *layout)
         first, second, row_blocks = two_launches.launch_arguments(
-            [x], None, residual, ids(groups), w_in, b_in, w_in, b_in, w_out, None, mask, None,
-            found, layout[0], sizes, activations, None,
+            x=[x], query=None, residual=residual, groups=ids(groups), w_down=w_in, b_down=b_in,
+            w_score=w_in, b_score=b_in, w_out=w_out, temperature=None, mask=mask,
+            score_offset=None, starts=found, counts=layout[0], sizes=sizes,
+            activations=activations, target=None,
         )  # fmt: skip
         first["blocks_ptr"] = second["blocks_ptr"] = first["blocks_ptr"].flip(0)
         for name in ("z_ptr", "parts_ptr"):
@@ -257,9 +259,7 @@ def test_triton_writes_each_row_once_in_any_order(rows, with_residual, launches)
             first[name] = second[name] = inner[guard:-guard].view_as(first[name])
             results.append(inner)
         second["out_ptr"], second["p_ptr"] = (t[guard:-guard] for t in results[:2])
-        two_launches.adapter_columns_kernel[(row_blocks * first["num_tiles"],)](**first)
-        h_tiles = -(-x.shape[1] // second["BLOCK_H"])
-        two_launches.adapter_output_kernel[(row_blocks * h_tiles,)](**second)
+        two_launches.launch(first, second, row_blocks)
     for result, truth in zip(results, expected, strict=False):
         assert torch.equal(result[guard:-guard], truth)
     for result in results:

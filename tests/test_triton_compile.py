@@ -80,7 +80,9 @@ def compiled_for(target, kernel, arguments):
             continue
         else:
             signature[parameter.name] = "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        # as a launch specialises what it is given
+        aligned = isinstance(value, torch.Tensor) or value % 16 == 0
+        if aligned and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
@@ -120,11 +122,13 @@ def compiled_pair(target, dtype, hidden, sizes, rows):
         return torch.empty(*shape, dtype=dtype)
 
     x = empty(rows, hidden)
+    w_score, b_score = empty(columns + adapters, hidden), empty(columns + adapters)
     first, second, _ = two_launches.launch_arguments(
-        [x], None, x, None, empty(columns, hidden), empty(columns),
-        empty(columns + adapters, hidden), empty(columns + adapters),
-        empty(columns + adapters, hidden), None, None, None, [(0, 0, 0)], [adapters], sizes,
-        [1] * adapters, target,
+        x=[x], query=None, residual=x, groups=None,
+        w_down=empty(columns, hidden), b_down=empty(columns), w_score=w_score,
+        b_score=b_score, w_out=empty(columns + adapters, hidden), temperature=None, mask=None,
+        score_offset=None, starts=[(0, 0, 0)], counts=[adapters], sizes=sizes,
+        activations=[1] * adapters, target=target,
     )  # fmt: skip
     return (
         compiled_for(target, two_launches.adapter_columns_kernel, first),
@@ -256,7 +260,11 @@ def test_grouped_is_compiled_once_for_every_mixture():
 )
 @pytest.mark.parametrize("target", MATRIX_UNITS, ids=["sm_80", "sm_90", "sm_100"])
 def test_two_launches(target, dtype, rows, tmp_path):
-    for kernel in compiled_pair(target, dtype, 768, [48] * 8, rows):
+    first, second = compiled_pair(target, dtype, 768, [48] * 8, rows)
+    # z is written and read many elements at a time, and read ahead
+    assert "st.global.b16" not in first.asm["ptx"]
+    assert "ld.global.b16" not in second.asm["ptx"]
+    for kernel in (first, second):
         assert registers_and_stack(kernel, tmp_path / "kernel.cubin")[1] == 0
         assert kernel.metadata.shared <= SHARED[target]
         if dtype == torch.bfloat16:
@@ -265,9 +273,32 @@ def test_two_launches(target, dtype, rows, tmp_path):
             assert "tf32" not in kernel.asm["ptx"]
 
 
+# an offset in 32 bits would overflow in a tensor of 2**31 elements
+def test_offsets_of_rows_are_wide():
+    bf16 = torch.bfloat16
+    for kernel in (
+        compiled(SM_90, bf16, **BERT),
+        compiled_grouped(SM_90, bf16, **GROUPED_BERT),
+        *compiled_pair(SM_90, bf16, 768, [48] * 8, 16384),
+    ):
+        assert re.search(r"arith\.muli .*tensor<\d+x1xi64>", kernel.asm["ttir"])
+        assert not re.search(r"arith\.muli .*tensor<\d+x1xi32>", kernel.asm["ttir"])
+
+
+def test_two_launches_are_compiled_once_for_any_number_of_rows():
+    """Of either schedule: a number that 16 divides is not special."""
+    for rows in (1024, 16384):
+        pairs = [compiled_pair(SM_90, torch.bfloat16, 64, [128] * 2, n) for n in (rows, rows + 1)]
+        for kernel, other in zip(*pairs, strict=True):
+            assert kernel.hash == other.hash
+
+
 @pytest.mark.parametrize("rows", [16384, 1024])
 def test_two_launches_on_amd(rows):
-    for kernel in compiled_pair(GFX942, torch.bfloat16, 768, [48] * 8, rows):
+    first, second = compiled_pair(GFX942, torch.bfloat16, 768, [48] * 8, rows)
+    assert "global_store_short" not in first.asm["amdgcn"]
+    assert "global_load_ushort" not in second.asm["amdgcn"]
+    for kernel in (first, second):
         assert kernel.metadata.shared <= 64 * 1024
         assert re.search(r"\.vgpr_spill_count:\s*0\b", kernel.asm["amdgcn"])
         assert "v_mfma" in kernel.asm["amdgcn"]

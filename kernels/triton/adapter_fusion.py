@@ -1,5 +1,9 @@
 """The adapter mixture in one Triton launch, for `adapter_fusion` and `adapter_fusion_norm`.
 
+Where the columns and scores of a row block do not fit one program (`tiles.fits_one_launch`),
+`two_launches.py` computes the same, with z and parts of the scores in memory between its launches;
+the rest of this text is about the others.
+
 The mathematics, per row, with the columns of all N adapters on one flat axis of `D = sum(sizes)`:
 
     z = act(W_down x + b_down)          t = M h + m             c = C h + c_0
@@ -46,7 +50,7 @@ from triton.backends.compiler import GPUTarget
 from . import two_launches
 from .tiles import (
     INTERPRETED,
-    activation,
+    activate,
     add_bias,
     cast,
     column_blocks,
@@ -82,16 +86,12 @@ def _columns_of(offs_d, i: tl.constexpr, ENDS: tl.constexpr, NUM_INPUTS: tl.cons
 
 
 @triton.jit
-def _activate(pre, adapter, ACTIVATIONS: tl.constexpr, CODES: tl.constexpr):
-    """Each column's own activation: one pass for each distinct code."""
-    z = activation(pre, CODES[0])
-    for j in tl.static_range(1, len(CODES)):
-        own = adapter < 0
-        for i in tl.static_range(len(ACTIVATIONS)):
-            if ACTIVATIONS[i] == CODES[j]:
-                own = own | (adapter == i)
-        z = tl.where(own[None, :], activation(pre, CODES[j]), z)
-    return z
+def _code_of(offs_d, ENDS: tl.constexpr, ACTIVATIONS: tl.constexpr):
+    """The activation of each column's adapter."""
+    code = tl.full(offs_d.shape, ACTIVATIONS[0], tl.int32)
+    for i in tl.static_range(1, len(ENDS)):
+        code = tl.where(offs_d >= ENDS[i - 1], ACTIVATIONS[i], code)
+    return code
 
 
 @triton.jit
@@ -175,10 +175,12 @@ def _adapter_fusion_fwd_kernel(
             )
 
     adapter = _adapter_of(offs_d, ENDS)
-    z = _activate(add_bias(pre, b_down_ptr, offs_d, mask_d), adapter, ACTIVATIONS, CODES)
+    code = _code_of(offs_d, ENDS, ACTIVATIONS)
+    z = activate(add_bias(pre, b_down_ptr, offs_d, mask_d), code, CODES)
     if BLOCK_R > 0:
         adapter_r = _adapter_of(offs_r, ENDS)
-        z_r = _activate(add_bias(pre_r, b_down_ptr, offs_r, mask_r), adapter_r, ACTIVATIONS, CODES)
+        code_r = _code_of(offs_r, ENDS, ACTIVATIONS)
+        z_r = activate(add_bias(pre_r, b_down_ptr, offs_r, mask_r), code_r, CODES)
 
     p = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if w_score_ptr is not None:
@@ -315,10 +317,13 @@ def adapter_fusion(
     """See `fastfusion.ops.adapter_fusion`."""
     if not fits_one_launch(sum(sizes), len(sizes)):
         start = (0, -1 if w_score is None else 0, 0)
-        return two_launches.launch(
-            x, query, residual, None, w_down, b_down, w_score, b_score, w_out, temperature, mask,
-            score_offset, [start], [len(sizes)], sizes, activations,
+        pair = two_launches.launch_arguments(
+            x=x, query=query, residual=residual, groups=None, w_down=w_down, b_down=b_down,
+            w_score=w_score, b_score=b_score, w_out=w_out, temperature=temperature, mask=mask,
+            score_offset=score_offset, starts=[start], counts=[len(sizes)], sizes=sizes,
+            activations=activations, target=target_of(x[0].device),
         )  # fmt: skip
+        return two_launches.launch(*pair)
     arguments = launch_arguments(
         x, query, residual, w_down, b_down, w_score, b_score, w_out, temperature, mask,
         score_offset, sizes, activations, target_of(x[0].device),

@@ -1,5 +1,8 @@
 """The adapter mixture over groups of rows in one Triton launch, for `adapter_fusion_grouped`.
 
+A call whose widest group does not fit one program (`tiles.fits_one_launch`) goes to
+`two_launches.py`, whatever its rows are; the rest of this text is about the others.
+
 The mathematics of a row is that of `adapter_fusion.py` with its group's weights, x as the query and
 no temperature; where the group is not scored, p = 1; a base row is its residual, or zero:
 
@@ -348,10 +351,13 @@ def adapter_fusion_grouped(
 ) -> tuple[Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion_grouped`."""
     if not fits_one_launch(*widest(sizes, counts)):
-        return two_launches.launch(
-            [x], None, residual, groups, w_in, b_in, w_in, b_in, w_out, None, mask, None,
-            starts(sizes, counts, scored), counts, sizes, activations,
+        pair = two_launches.launch_arguments(
+            x=[x], query=None, residual=residual, groups=groups, w_down=w_in, b_down=b_in,
+            w_score=w_in, b_score=b_in, w_out=w_out, temperature=None, mask=mask,
+            score_offset=None, starts=starts(sizes, counts, scored), counts=counts, sizes=sizes,
+            activations=activations, target=target_of(x.device),
         )  # fmt: skip
+        return two_launches.launch(*pair)
     arguments = launch_arguments(
         x, residual, groups, w_in, b_in, w_out, mask, sizes, activations, counts, scored,
         target_of(x.device),

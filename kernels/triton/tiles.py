@@ -86,7 +86,7 @@ def dot_rows(
     H: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
-    tile = w_ptr + rows[:, None] * H + cols[None, :]
+    tile = w_ptr + rows[:, None].to(tl.int64) * H + cols[None, :]
     w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
     return dot(a, tl.trans(w) if TRANSPOSED else w, acc, INTERPRETED)
 

@@ -22,7 +22,8 @@ these ceil(H / BLOCK_H) times, from L2 after the first, and the residual once, a
 Device memory sees x, residual and output once, z written and read.
 
 Precision, determinism: as in `adapter_fusion.py`, but z is rounded to the inputs' dtype before it
-is weighed, as the literal formulas do.
+is weighed, as the literal formulas do. Tiles are larger from 4096 rows on (`two_launch_schedule`),
+so a row's bits may differ between a call of fewer rows and one of more.
 """
 
 import functools
@@ -49,7 +50,6 @@ from .tiles import (
     dot_one_hot,
     dot_rows,
     padded,
-    target_of,
     two_launch_schedule,
     widest,
 )
@@ -134,6 +134,13 @@ def _rows_of(pid, order_ptr, blocks_ptr, num_rows, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def _z_columns(D):
+    """The columns of z that a group writes, zeros behind D: D comes from memory, and a mask that
+    may end at any column would make every access one element wide."""
+    return (D + 15) // 16 * 16
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def adapter_columns_kernel(
     x_ptr,  # [NUM_INPUTS, num_rows, H]
     query_ptr,  # [num_rows, H], or None: x
@@ -246,9 +253,7 @@ def adapter_columns_kernel(
             )
 
     z = activate(add_bias(pre, b_down_ptr, down + offs_d, mask_d), code, CODES)
-    z_tile = z_ptr + rows[:, None] * stride_zm + offs_d[None, :]
-    mask_td = mask_t[:, None] & mask_d[None, :]
-    tl.store(z_tile, cast(z, DTYPE, INTERPRETED), mask=mask_td)
+    z = tl.where(mask_d[None, :], z, 0.0)
     if w_score_ptr is not None:
         if score >= 0:
             t = add_bias(t, b_score_ptr, score + offs_d, mask_d)
@@ -259,9 +264,13 @@ def adapter_columns_kernel(
             index = (part[None, :] * tl.cast(num_rows, tl.int64) + rows[:, None]) * num_adapters
             mask_ta = mask_t[:, None] & mask_a[None, :]
             tl.store(parts_ptr + index + offs_a[None, :], s, mask=mask_ta)
+    # behind the scores: before them it made registers spill on sm_90
+    z_tile = z_ptr + rows[:, None] * stride_zm + offs_d[None, :]
+    mask_td = mask_t[:, None] & (offs_d < _z_columns(D))[None, :]
+    tl.store(z_tile, cast(z, DTYPE, INTERPRETED), mask=mask_td)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def adapter_output_kernel(
     z_ptr,  # [num_rows, stride_zm]
     parts_ptr,  # [PARTS, num_rows, num_adapters], or None: p = 1
@@ -344,7 +353,8 @@ def adapter_output_kernel(
             offs_k = k + tl.arange(0, BLOCK_K)
             mask_k = offs_k < D
             z_tile = z_ptr + rows[:, None] * stride_zm + offs_k[None, :]
-            z = tl.load(z_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
+            mask_tk = mask_t[:, None] & (offs_k < _z_columns(D))[None, :]
+            z = tl.load(z_tile, mask=mask_tk, other=0.0)
             if parts_ptr is not None:
                 adapter = tl.load(columns_ptr + (column + offs_k) * 2, mask=mask_k, other=-1)
                 one_hot = adapter[None, :] == offs_n[:, None]
@@ -364,6 +374,7 @@ def adapter_output_kernel(
 
 
 def launch_arguments(
+    *,
     x: Sequence[Tensor],
     query: Tensor | None,
     residual: Tensor | None,
@@ -422,7 +433,6 @@ def launch_arguments(
         "blocks_ptr": block_table,
         "groups_ptr": found.groups,
         "columns_ptr": found.columns,
-        "adapters_ptr": found.adapters,
         "num_rows": num_rows,
         "num_adapters": adapters,
         "stride_zm": z.stride(0),
@@ -450,6 +460,7 @@ def launch_arguments(
         "BLOCK_K": blocks["BLOCK_K"],
     }
     second = shared | {
+        "adapters_ptr": found.adapters,
         "residual_ptr": residual,
         "w_out_ptr": w_out.contiguous(),
         "temperature_ptr": temperature,
@@ -464,14 +475,11 @@ def launch_arguments(
         "BLOCK_K": blocks["BLOCK_K"],
         "BLOCK_H": blocks["BLOCK_H"],
     }
-    del first["adapters_ptr"]
     return first, second, row_blocks
 
 
-def launch(*arguments) -> tuple[Tensor, Tensor]:
-    """Both launches, with the arguments of `launch_arguments` up to the target; out and p."""
-    like = arguments[0][0]
-    first, second, row_blocks = launch_arguments(*arguments, target_of(like.device))
+def launch(first: dict, second: dict, row_blocks: int) -> tuple[Tensor, Tensor]:
+    """Both launches, with what `launch_arguments` returns; out and p."""
     out, p = second["out_ptr"], second["p_ptr"]
     if out.numel() > 0:
         h_tiles = triton.cdiv(out.shape[1], second["BLOCK_H"])
