@@ -1,5 +1,5 @@
-"""The adapter mixture in two Triton launches, where one program does not hold a row block's columns or
-row blocks are too few.
+"""The adapter mixture in two Triton launches: where one program does not hold the columns of a row
+block, or row blocks are too few programs.
 
 The mathematics is that of `one_launch.py`, the same for all ops:
 
