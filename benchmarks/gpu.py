@@ -92,7 +92,7 @@ def stages(is_dry: bool, peer_site: Path | None) -> list[Stage]:
         not_run=None if peer_site else "no --peer-site: a folder with adapters 1.3.0",
     )
     return [
-        Stage("environment", 20),
+        Stage("environment", 60),
         # kernels are compiled one after the other in a process, and parity needs most of them
         Stage("parity", 100, processes=1 if is_dry else max(1, min(6, (os.cpu_count() or 1) // 2))),
         *sanitizers,
