@@ -16,8 +16,10 @@ PACKAGE = ROOT / "fastfusion"
 LEVELS: list[list[str]] = [
     ["ops.activations", "ops.weights", "composition"],
     ["ops.routing"],
-    ["ops.torch_backend", "reference", "configuration", "context", "files", "kernels.triton.tiles"],
-    ["ops.cpp_backend", "kernels.triton.two_launches"],
+    ["ops.torch_backend", "reference", "configuration", "context", "files"],
+    ["ops.cpp_backend", "kernels.triton.interpreter"],
+    ["kernels.triton.tiles", "kernels.triton.groups"],
+    ["kernels.triton.two_launches"],
     ["kernels"],
     ["kernels.triton.backend"],
     ["ops.backends"],

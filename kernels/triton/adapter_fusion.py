@@ -49,17 +49,17 @@ from triton.backends.compiler import GPUTarget
 
 from . import two_launches
 from .tiles import (
-    INTERPRETED,
     activate,
     add_bias,
-    cast,
     column_blocks,
     contiguous,
     contiguous_rows,
     dot_one_hot,
     dot_rows,
     fits_one_launch,
+    launch,
     padded,
+    precision,
     schedule,
     target_of,
 )
@@ -125,7 +125,7 @@ def _adapter_fusion_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = len(ENDS)
     D: tl.constexpr = ENDS[N - 1]
@@ -155,24 +155,22 @@ def _adapter_fusion_fwd_kernel(
             x_tile += offs_t[:, None] * stride_xm + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_tk, other=0.0)
             own = _columns_of(offs_d, i, ENDS, NUM_INPUTS)
-            pre = dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED)
+            pre = dot_rows(x, w_down_ptr, offs_d, own, offs_k, mask_k, pre, H, True, PRECISION)
             if BLOCK_R > 0:
                 own = _columns_of(offs_r, i, ENDS, NUM_INPUTS)
                 pre_r = dot_rows(
-                    x, w_down_ptr, offs_r, own, offs_k, mask_k, pre_r, H, True, INTERPRETED
+                    x, w_down_ptr, offs_r, own, offs_k, mask_k, pre_r, H, True, PRECISION
                 )
         if w_score_ptr is not None:
             if query_ptr is not None:
                 query_tile = query_ptr + offs_t[:, None] * stride_qm + offs_k[None, :]
                 x = tl.load(query_tile, mask=mask_tk, other=0.0)
-            t = dot_rows(x, w_score_ptr, offs_d, mask_d, offs_k, mask_k, t, H, True, INTERPRETED)
+            t = dot_rows(x, w_score_ptr, offs_d, mask_d, offs_k, mask_k, t, H, True, PRECISION)
             if BLOCK_R > 0:
                 t_r = dot_rows(
-                    x, w_score_ptr, offs_r, mask_r, offs_k, mask_k, t_r, H, True, INTERPRETED
+                    x, w_score_ptr, offs_r, mask_r, offs_k, mask_k, t_r, H, True, PRECISION
                 )
-            c = dot_rows(
-                x, w_score_ptr, D + offs_n, mask_n, offs_k, mask_k, c, H, True, INTERPRETED
-            )
+            c = dot_rows(x, w_score_ptr, D + offs_n, mask_n, offs_k, mask_k, c, H, True, PRECISION)
 
     adapter = _adapter_of(offs_d, ENDS)
     code = _code_of(offs_d, ENDS, ACTIVATIONS)
@@ -188,11 +186,11 @@ def _adapter_fusion_fwd_kernel(
         s = add_bias(c, b_score_ptr, D + offs_n, mask_n)
         one_hot = adapter[:, None] == offs_n[None, :]
         t = add_bias(t, b_score_ptr, offs_d, mask_d)
-        s = dot_one_hot(z * t, one_hot, s, SPLIT, INTERPRETED)
+        s = dot_one_hot(z * t, one_hot, s, SPLIT, PRECISION)
         if BLOCK_R > 0:
             one_hot_r = adapter_r[:, None] == offs_n[None, :]
             t_r = add_bias(t_r, b_score_ptr, offs_r, mask_r)
-            s = dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, INTERPRETED)
+            s = dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, PRECISION)
         if offset_ptr is not None:
             s += tl.load(offset_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float32)[:, None]
         mask_tn = mask_t[:, None] & mask_n[None, :]
@@ -206,28 +204,26 @@ def _adapter_fusion_fwd_kernel(
         p = e / tl.sum(e, axis=1)[:, None]
         tl.store(p_ptr + offs_t[:, None] * N + offs_n[None, :], p, mask=mask_tn)
         zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        z *= dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, INTERPRETED)
+        z *= dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, PRECISION)
         if BLOCK_R > 0:
             zeros_r = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            z_r *= dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, INTERPRETED)
+            z_r *= dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, PRECISION)
 
-    w = cast(z, DTYPE, INTERPRETED)
-    w_p = cast(p, DTYPE, INTERPRETED)
+    w = z.to(DTYPE)
+    w_p = p.to(DTYPE)
     if BLOCK_R > 0:
-        w_r = cast(z_r, DTYPE, INTERPRETED)
+        w_r = z_r.to(DTYPE)
     for h in range(0, H, BLOCK_H):
         offs_h = h + tl.arange(0, BLOCK_H)
         mask_h = offs_h < H
         mask_th = mask_t[:, None] & mask_h[None, :]
         out = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-        out = dot_rows(w, w_out_ptr, offs_d, mask_d, offs_h, mask_h, out, H, False, INTERPRETED)
+        out = dot_rows(w, w_out_ptr, offs_d, mask_d, offs_h, mask_h, out, H, False, PRECISION)
         if BLOCK_R > 0:
-            out = dot_rows(
-                w_r, w_out_ptr, offs_r, mask_r, offs_h, mask_h, out, H, False, INTERPRETED
-            )
+            out = dot_rows(w_r, w_out_ptr, offs_r, mask_r, offs_h, mask_h, out, H, False, PRECISION)
         if w_score_ptr is not None:
             out = dot_rows(
-                w_p, w_out_ptr, D + offs_n, mask_n, offs_h, mask_h, out, H, False, INTERPRETED
+                w_p, w_out_ptr, D + offs_n, mask_n, offs_h, mask_h, out, H, False, PRECISION
             )
         else:
             for i in tl.static_range(N):
@@ -236,7 +232,7 @@ def _adapter_fusion_fwd_kernel(
             residual_tile = residual_ptr + offs_t[:, None] * stride_rm + offs_h[None, :]
             out += tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)
         out_tile = out_ptr + offs_t[:, None] * H + offs_h[None, :]
-        tl.store(out_tile, cast(out, DTYPE, INTERPRETED), mask=mask_th)
+        tl.store(out_tile, out.to(DTYPE), mask=mask_th)
 
 
 def launch_arguments(
@@ -294,7 +290,7 @@ def launch_arguments(
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
         "BLOCK_N": padded(len(sizes)),
-        "INTERPRETED": INTERPRETED,
+        "PRECISION": precision(target),
         **schedule(x[0].dtype, target),
     }
 
@@ -323,16 +319,14 @@ def adapter_fusion(
             score_offset=score_offset, starts=[start], counts=[len(sizes)], sizes=sizes,
             activations=activations, target=target_of(x[0].device),
         )  # fmt: skip
-        return two_launches.launch(*pair)
+        return two_launches.run(*pair)
     arguments = launch_arguments(
         x, query, residual, w_down, b_down, w_score, b_score, w_out, temperature, mask,
         score_offset, sizes, activations, target_of(x[0].device),
     )  # fmt: skip
     out, p = arguments["out_ptr"], arguments["p_ptr"]
-    if out.numel() > 0:
-        grid = (triton.cdiv(arguments["num_rows"], arguments["BLOCK_T"]),)
-        with torch.cuda.device_of(out):
-            _adapter_fusion_fwd_kernel[grid](**arguments)
+    row_blocks = triton.cdiv(arguments["num_rows"], arguments["BLOCK_T"])
+    launch(_adapter_fusion_fwd_kernel, row_blocks, arguments)
     return out, p
 
 

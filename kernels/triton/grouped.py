@@ -42,21 +42,21 @@ from fastfusion.ops.weights import layouts, max_scored
 from triton.backends.compiler import GPUTarget
 
 from . import two_launches
+from .groups import Start, widest
 from .tiles import (
-    INTERPRETED,
     activate,
     add_bias,
-    cast,
     column_blocks,
     contiguous,
     contiguous_rows,
     dot_one_hot,
     dot_rows,
     fits_one_launch,
+    launch,
     padded,
+    precision,
     schedule,
     target_of,
-    widest,
 )
 
 
@@ -108,7 +108,7 @@ def _adapter_fusion_grouped_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE != tl.float32
@@ -157,20 +157,18 @@ def _adapter_fusion_grouped_fwd_kernel(
             x_tile = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
             pre = dot_rows(
-                x, w_in_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, INTERPRETED
+                x, w_in_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, PRECISION
             )
-            t = dot_rows(
-                x, w_in_ptr, score + offs_d, mask_d, offs_k, mask_k, t, H, True, INTERPRETED
-            )
+            t = dot_rows(x, w_in_ptr, score + offs_d, mask_d, offs_k, mask_k, t, H, True, PRECISION)
             if BLOCK_R > 0:
                 pre_r = dot_rows(
-                    x, w_in_ptr, down + offs_r, mask_r, offs_k, mask_k, pre_r, H, True, INTERPRETED
+                    x, w_in_ptr, down + offs_r, mask_r, offs_k, mask_k, pre_r, H, True, PRECISION
                 )
                 t_r = dot_rows(
-                    x, w_in_ptr, score + offs_r, mask_r, offs_k, mask_k, t_r, H, True, INTERPRETED
+                    x, w_in_ptr, score + offs_r, mask_r, offs_k, mask_k, t_r, H, True, PRECISION
                 )
             c = dot_rows(
-                x, w_in_ptr, score + D + offs_n, mask_n, offs_k, mask_k, c, H, True, INTERPRETED
+                x, w_in_ptr, score + D + offs_n, mask_n, offs_k, mask_k, c, H, True, PRECISION
             )
     else:
         for k in range(0, H, BLOCK_K):
@@ -179,11 +177,11 @@ def _adapter_fusion_grouped_fwd_kernel(
             x_tile = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
             pre = dot_rows(
-                x, w_in_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, INTERPRETED
+                x, w_in_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, PRECISION
             )
             if BLOCK_R > 0:
                 pre_r = dot_rows(
-                    x, w_in_ptr, down + offs_r, mask_r, offs_k, mask_k, pre_r, H, True, INTERPRETED
+                    x, w_in_ptr, down + offs_r, mask_r, offs_k, mask_k, pre_r, H, True, PRECISION
                 )
 
     column = columns_ptr + (first_column + offs_d) * 2
@@ -200,11 +198,11 @@ def _adapter_fusion_grouped_fwd_kernel(
         one_hot = tl.load(column, mask=mask_d, other=-1)[:, None] == offs_n[None, :]
         s = add_bias(c, b_in_ptr, score + D + offs_n, mask_n)
         t = add_bias(t, b_in_ptr, score + offs_d, mask_d)
-        s = dot_one_hot(z * t, one_hot, s, SPLIT, INTERPRETED)
+        s = dot_one_hot(z * t, one_hot, s, SPLIT, PRECISION)
         if BLOCK_R > 0:
             one_hot_r = tl.load(column_r, mask=mask_r, other=-1)[:, None] == offs_n[None, :]
             t_r = add_bias(t_r, b_in_ptr, score + offs_r, mask_r)
-            s = dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, INTERPRETED)
+            s = dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, PRECISION)
         if mask_ptr is not None:
             mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n[None, :]
             mask_tn = mask_t[:, None] & mask_n[None, :]
@@ -213,44 +211,42 @@ def _adapter_fusion_grouped_fwd_kernel(
         e = tl.exp(s - tl.max(s, axis=1)[:, None])
         p = e / tl.sum(e, axis=1)[:, None]
         zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        z *= dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, INTERPRETED)
+        z *= dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, PRECISION)
         if BLOCK_R > 0:
             zeros_r = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            z_r *= dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, INTERPRETED)
+            z_r *= dot_one_hot(p, tl.trans(one_hot_r), zeros_r, SPLIT, PRECISION)
     if SCORED:
         p_tile = p_ptr + rows[:, None] * num_scored + offs_n[None, :]
         mask_tn = mask_t[:, None] & (offs_n < num_scored)[None, :]
         tl.store(p_tile, tl.where(scored, p, 0.0), mask=mask_tn)
 
-    w = cast(z, DTYPE, INTERPRETED)
-    w_p = cast(p, DTYPE, INTERPRETED)
+    w = z.to(DTYPE)
+    w_p = p.to(DTYPE)
     if BLOCK_R > 0:
-        w_r = cast(z_r, DTYPE, INTERPRETED)
+        w_r = z_r.to(DTYPE)
     for h in range(0, H, BLOCK_H):
         offs_h = h + tl.arange(0, BLOCK_H)
         mask_h = offs_h < H
         mask_th = mask_t[:, None] & mask_h[None, :]
         out = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
         out = dot_rows(
-            w, w_out_ptr, values + offs_d, mask_d, offs_h, mask_h, out, H, False, INTERPRETED
+            w, w_out_ptr, values + offs_d, mask_d, offs_h, mask_h, out, H, False, PRECISION
         )
         if BLOCK_R > 0:
             out = dot_rows(
-                w_r, w_out_ptr, values + offs_r, mask_r, offs_h, mask_h, out, H, False, INTERPRETED
+                w_r, w_out_ptr, values + offs_r, mask_r, offs_h, mask_h, out, H, False, PRECISION
             )
         out = dot_rows(
-            w_p, w_out_ptr, values + D + offs_n, mask_n, offs_h, mask_h, out, H, False, INTERPRETED
+            w_p, w_out_ptr, values + D + offs_n, mask_n, offs_h, mask_h, out, H, False, PRECISION
         )
         if residual_ptr is not None:
             residual_tile = residual_ptr + rows[:, None] * stride_rm + offs_h[None, :]
             out += tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)
         out_tile = out_ptr + rows[:, None] * H + offs_h[None, :]
-        tl.store(out_tile, cast(out, DTYPE, INTERPRETED), mask=mask_th)
+        tl.store(out_tile, out.to(DTYPE), mask=mask_th)
 
 
-def starts(
-    sizes: Sequence[int], counts: Sequence[int], scored: Sequence[int]
-) -> list[two_launches.Start]:
+def starts(sizes: Sequence[int], counts: Sequence[int], scored: Sequence[int]) -> list[Start]:
     """Where the parts of each group begin."""
     return [
         (part.down.start, -1 if part.score is None else part.score.start, part.out.start)
@@ -331,7 +327,7 @@ def launch_arguments(
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
         "BLOCK_N": padded(adapters),
-        "INTERPRETED": INTERPRETED,
+        "PRECISION": precision(target),
         **blocks,
     }
 
@@ -357,13 +353,11 @@ def adapter_fusion_grouped(
             score_offset=None, starts=starts(sizes, counts, scored), counts=counts, sizes=sizes,
             activations=activations, target=target_of(x.device),
         )  # fmt: skip
-        return two_launches.launch(*pair)
+        return two_launches.run(*pair)
     arguments = launch_arguments(
         x, residual, groups, w_in, b_in, w_out, mask, sizes, activations, counts, scored,
         target_of(x.device),
     )  # fmt: skip
     out, p = arguments["out_ptr"], arguments["p_ptr"]
-    if out.numel() > 0:
-        with torch.cuda.device_of(out):
-            _adapter_fusion_grouped_fwd_kernel[(len(arguments["blocks_ptr"]),)](**arguments)
+    launch(_adapter_fusion_grouped_fwd_kernel, len(arguments["blocks_ptr"]), arguments)
     return out, p

@@ -1,8 +1,6 @@
 """What the kernels share: activations, roundings, products of tiles, block sizes and schedules."""
 
 import functools
-import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +9,8 @@ import triton
 import triton.language as tl
 from fastfusion.ops.activations import activation_code
 from triton.backends.compiler import GPUTarget
+
+from . import interpreter
 
 LINEAR = tl.constexpr(activation_code("linear"))
 RELU = tl.constexpr(activation_code("relu"))
@@ -64,43 +64,26 @@ def activate(pre, code, CODES: tl.constexpr):
 
 
 @triton.jit
-def cast(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """An fp32 `x` in DTYPE, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts the low bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def dot(a, b, acc, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # the interpreter multiplies the raw bits of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
 def dot_rows(
     a, w_ptr, rows, mask_rows, cols, mask_cols, acc,
-    H: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
+    H: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
     tile = w_ptr + rows[:, None].to(tl.int64) * H + cols[None, :]
     w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
-    return dot(a, tl.trans(w) if TRANSPOSED else w, acc, INTERPRETED)
+    return tl.dot(a, tl.trans(w) if TRANSPOSED else w, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr):
+def dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ one_hot for an fp32 `a`, on the matrix units if SPLIT."""
     if SPLIT:
         one_hot = one_hot.to(tl.float32).to(tl.bfloat16)
-        high = cast(a, tl.bfloat16, INTERPRETED)
-        low = cast(a - high.to(tl.float32), tl.bfloat16, INTERPRETED)
-        acc = dot(high, one_hot, acc, INTERPRETED)
-        return dot(low, one_hot, acc, INTERPRETED)
-    return dot(a, one_hot.to(tl.float32), acc, INTERPRETED)
+        high = a.to(tl.bfloat16)
+        low = (a - high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(high, one_hot, acc, input_precision=PRECISION)
+        return tl.dot(low, one_hot, acc, input_precision=PRECISION)
+    return tl.dot(a, one_hot.to(tl.float32), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -108,7 +91,9 @@ def add_bias(acc, bias_ptr, offs, mask):
     return acc + tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :]
 
 
-INTERPRETED = not isinstance(dot, triton.JITFunction)
+INTERPRETED = not isinstance(activate, triton.JITFunction)
+if INTERPRETED:
+    interpreter.correct()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
 # scores) nothing spills on sm_90 and little on sm_80 (56 bytes; over groups 328), outside the loops
@@ -119,12 +104,6 @@ MAX_COLUMNS = 192 + 16
 def padded(size: int) -> int:
     """The block that holds `size` entries: a power of two that a matrix product can take."""
     return max(16, triton.next_power_of_2(size))
-
-
-def widest(sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, int]:
-    """The most columns and the most adapters that any group has."""
-    each = iter(sizes)
-    return max(sum(itertools.islice(each, count)) for count in counts), max(counts)
 
 
 def column_blocks(columns: int) -> tuple[int, int]:
@@ -149,6 +128,22 @@ def target_of(device: torch.device) -> GPUTarget | None:
         return None
     with torch.cuda.device(device):
         return triton.runtime.driver.active.get_current_target()
+
+
+def precision(target: GPUTarget | None) -> str:
+    """How fp32 is multiplied: in full, or as three products in tf32 where
+    `torch.set_float32_matmul_precision` allows less than "highest"; never as one in tf32."""
+    if torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32x3" if target is None or target.backend == "cuda" else "ieee"
+
+
+def launch(kernel: triton.JITFunction, programs: int, arguments: dict) -> None:
+    """The kernel on the device of its tensors; nothing where there is nothing to do."""
+    if programs > 0:
+        tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(tensor):
+            kernel[(programs,)](**arguments)
 
 
 def schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:

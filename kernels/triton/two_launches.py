@@ -26,10 +26,7 @@ is weighed, as the literal formulas do. Tiles are larger from 4096 rows on (`two
 so a row's bits may differ between a call of fewer rows and one of more.
 """
 
-import functools
-import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,104 +37,19 @@ from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import max_scored
 from triton.backends.compiler import GPUTarget
 
+from .groups import Start, rows_of, tables, wide_columns, widest
 from .tiles import (
-    INTERPRETED,
     activate,
     add_bias,
-    cast,
     contiguous,
     contiguous_rows,
     dot_one_hot,
     dot_rows,
+    launch,
     padded,
+    precision,
     two_launch_schedule,
-    widest,
 )
-
-Start = tuple[int, int, int]
-"""A group's first row of down-projections, of score weights or -1, and of W_out."""
-
-
-class Groups(NamedTuple):
-    """Where the weights of groups lie, as tables on the device; a plain call has one group."""
-
-    groups: Tensor
-    """[G, 8], int32: a group's `Start`; its first entry in `columns`, `adapters` and `tiles`; how
-    many columns and adapters it has."""
-    columns: Tensor
-    """[columns, 2]: the adapter in its group, the activation."""
-    adapters: Tensor
-    """[adapters]: in how many tiles its columns are."""
-    tiles: Tensor
-    """[tiles, 3]: the first adapter in the group, how many, and in how many earlier tiles the first
-    one is."""
-    num_tiles: int
-    """Of the widest group."""
-    num_parts: int
-    """In how many tiles an adapter is at most."""
-    tile_adapters: int
-    """How many adapters are in a tile at most."""
-
-
-# Kept for good: a CUDA graph may have captured their addresses.
-@functools.cache
-def tables(
-    starts: tuple[Start, ...],
-    counts: tuple[int, ...],
-    sizes: tuple[int, ...],
-    activations: tuple[int, ...],
-    block_d: int,
-    device: torch.device,
-) -> Groups:
-    """The tables for groups of these counts of adapters; waits for the device."""
-    groups, columns, adapters, tiles, most_tiles = [], [], [], [], 0
-    each = iter(zip(sizes, activations, strict=True))
-    for start, count in zip(starts, counts, strict=True):
-        own = list(itertools.islice(each, count))
-        num_columns = sum(size for size, _ in own)
-        groups.append([*start, len(columns), len(adapters), len(tiles), num_columns, count])
-        num_tiles = max(1, -(-num_columns // block_d))
-        most_tiles = max(most_tiles, num_tiles)
-        found: list[list[tuple[int, int]]] = [[] for _ in range(num_tiles)]
-        end = 0
-        for i, (size, code) in enumerate(own):
-            columns += [[i, code]] * size
-            begin, end = end, end + size
-            # an adapter without columns still has a score
-            first = min(begin // block_d, num_tiles - 1)
-            last = max(first, -(-end // block_d) - 1)
-            adapters.append(last - first + 1)
-            for tile in range(first, last + 1):
-                found[tile].append((i, tile - first))
-        tiles += [[inside[0][0], len(inside), inside[0][1]] for inside in found]
-    parts = [
-        torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, *width)
-        for table, width in ((groups, (8,)), (columns, (2,)), (adapters, ()), (tiles, (3,)))
-    ]
-    return Groups(*parts, most_tiles, max(adapters), max(tile[1] for tile in tiles))
-
-
-@triton.jit
-def _rows_of(pid, order_ptr, blocks_ptr, num_rows, BLOCK_T: tl.constexpr):
-    """A row block's group, row numbers and which of them there are."""
-    offs_t = tl.arange(0, BLOCK_T)
-    if blocks_ptr is None:
-        group = 0
-        rows = pid.to(tl.int64) * BLOCK_T + offs_t
-        mask_t = rows < num_rows
-    else:
-        group = tl.load(blocks_ptr + pid * 3)
-        first = tl.load(blocks_ptr + pid * 3 + 1)
-        mask_t = offs_t < tl.load(blocks_ptr + pid * 3 + 2)
-        rows = tl.load(order_ptr + first + offs_t, mask=mask_t, other=0).to(tl.int64)
-    return group, rows, mask_t
-
-
-@triton.jit
-def _z_columns(D):
-    """The columns of z that a group writes, zeros behind D: D comes from memory, and a mask that
-    may end at any column would make every access one element wide."""
-    return (D + 15) // 16 * 16
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
@@ -146,7 +58,7 @@ def adapter_columns_kernel(
     query_ptr,  # [num_rows, H], or None: x
     order_ptr,  # [num_rows], or None: rows in order
     blocks_ptr,  # [row blocks, 3], or None
-    groups_ptr,  # see `Groups`
+    groups_ptr,  # see `groups.Groups`
     columns_ptr,
     tiles_ptr,
     w_down_ptr,  # [*, H]
@@ -169,13 +81,13 @@ def adapter_columns_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,  # the adapters of a tile
     BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE != tl.float32
     pid = tl.program_id(0)
     tile = pid % num_tiles
-    group, rows, mask_t = _rows_of(pid // num_tiles, order_ptr, blocks_ptr, num_rows, BLOCK_T)
+    group, rows, mask_t = rows_of(pid // num_tiles, order_ptr, blocks_ptr, num_rows, BLOCK_T)
     if group < 0:
         return
     layout = groups_ptr + group * 8
@@ -216,7 +128,7 @@ def adapter_columns_kernel(
                 x_tile = x_input + rows[:, None] * stride_xm + offs_k[None, :]
                 x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
                 pre = dot_rows(
-                    x, w_down_ptr, down + offs_d, own, offs_k, mask_k, pre, H, True, INTERPRETED
+                    x, w_down_ptr, down + offs_d, own, offs_k, mask_k, pre, H, True, PRECISION
                 )
     query_input = x_ptr
     stride_query = stride_xm
@@ -234,13 +146,13 @@ def adapter_columns_kernel(
             x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
             if not own_query:
                 pre = dot_rows(
-                    x, w_down_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, INTERPRETED
+                    x, w_down_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, PRECISION
                 )
             t = dot_rows(
-                x, w_score_ptr, score + offs_d, mask_m, offs_k, mask_k, t, H, True, INTERPRETED
+                x, w_score_ptr, score + offs_d, mask_m, offs_k, mask_k, t, H, True, PRECISION
             )
             c = dot_rows(
-                x, w_score_ptr, score + D + offs_a, mask_c, offs_k, mask_k, c, H, True, INTERPRETED
+                x, w_score_ptr, score + D + offs_a, mask_c, offs_k, mask_k, c, H, True, PRECISION
             )
     elif not own_query:
         for k in range(0, H, BLOCK_K):
@@ -249,7 +161,7 @@ def adapter_columns_kernel(
             x_tile = query_input + rows[:, None] * stride_query + offs_k[None, :]
             x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
             pre = dot_rows(
-                x, w_down_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, INTERPRETED
+                x, w_down_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, PRECISION
             )
 
     z = activate(add_bias(pre, b_down_ptr, down + offs_d, mask_d), code, CODES)
@@ -259,15 +171,15 @@ def adapter_columns_kernel(
             t = add_bias(t, b_score_ptr, score + offs_d, mask_d)
             s = add_bias(c, b_score_ptr, score + D + offs_a, starts_here)
             one_hot = adapter[:, None] == offs_a[None, :]
-            s = dot_one_hot(z * t, one_hot, s, SPLIT, INTERPRETED)
+            s = dot_one_hot(z * t, one_hot, s, SPLIT, PRECISION)
             part = tl.where(offs_a == first, earlier, 0)
             index = (part[None, :] * tl.cast(num_rows, tl.int64) + rows[:, None]) * num_adapters
             mask_ta = mask_t[:, None] & mask_a[None, :]
             tl.store(parts_ptr + index + offs_a[None, :], s, mask=mask_ta)
     # behind the scores: before them it made registers spill on sm_90
     z_tile = z_ptr + rows[:, None] * stride_zm + offs_d[None, :]
-    mask_td = mask_t[:, None] & (offs_d < _z_columns(D))[None, :]
-    tl.store(z_tile, cast(z, DTYPE, INTERPRETED), mask=mask_td)
+    mask_td = mask_t[:, None] & (offs_d < wide_columns(D))[None, :]
+    tl.store(z_tile, z.to(DTYPE), mask=mask_td)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -277,7 +189,7 @@ def adapter_output_kernel(
     residual_ptr,  # [num_rows, H], or None
     order_ptr,  # [num_rows], or None: rows in order
     blocks_ptr,  # [row blocks, 3], or None
-    groups_ptr,  # see `Groups`
+    groups_ptr,  # see `groups.Groups`
     columns_ptr,
     adapters_ptr,
     w_out_ptr,  # [*, H]
@@ -297,14 +209,14 @@ def adapter_output_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE != tl.float32
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(0)
     h_tile = pid % H_TILES
-    group, rows, mask_t = _rows_of(pid // H_TILES, order_ptr, blocks_ptr, num_rows, BLOCK_T)
+    group, rows, mask_t = rows_of(pid // H_TILES, order_ptr, blocks_ptr, num_rows, BLOCK_T)
     offs_h = h_tile * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
     mask_th = mask_t[:, None] & mask_h[None, :]
@@ -346,23 +258,23 @@ def adapter_output_kernel(
                 e = tl.exp(s - tl.max(s, axis=1)[:, None])
                 p = e / tl.sum(e, axis=1)[:, None]
         out = dot_rows(
-            cast(p, DTYPE, INTERPRETED), w_out_ptr, values + D + offs_n, mask_n, offs_h, mask_h,
-            out, H, False, INTERPRETED,
+            p.to(DTYPE), w_out_ptr, values + D + offs_n, mask_n, offs_h, mask_h,
+            out, H, False, PRECISION,
         )  # fmt: skip
         for k in range(0, D, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             mask_k = offs_k < D
             z_tile = z_ptr + rows[:, None] * stride_zm + offs_k[None, :]
-            mask_tk = mask_t[:, None] & (offs_k < _z_columns(D))[None, :]
+            mask_tk = mask_t[:, None] & (offs_k < wide_columns(D))[None, :]
             z = tl.load(z_tile, mask=mask_tk, other=0.0)
             if parts_ptr is not None:
                 adapter = tl.load(columns_ptr + (column + offs_k) * 2, mask=mask_k, other=-1)
                 one_hot = adapter[None, :] == offs_n[:, None]
                 zeros = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-                spread = dot_one_hot(p, one_hot, zeros, SPLIT, INTERPRETED)
-                z = cast(z.to(tl.float32) * spread, DTYPE, INTERPRETED)
+                spread = dot_one_hot(p, one_hot, zeros, SPLIT, PRECISION)
+                z = (z.to(tl.float32) * spread).to(DTYPE)
             out = dot_rows(
-                z, w_out_ptr, values + offs_k, mask_k, offs_h, mask_h, out, H, False, INTERPRETED
+                z, w_out_ptr, values + offs_k, mask_k, offs_h, mask_h, out, H, False, PRECISION
             )
         if parts_ptr is not None:
             p = tl.where(tl.load(layout + 1) >= 0, p, 0.0)
@@ -370,7 +282,7 @@ def adapter_output_kernel(
         if h_tile == 0:
             p_tile = p_ptr + rows[:, None] * num_scored + offs_n[None, :]
             tl.store(p_tile, p, mask=mask_t[:, None] & (offs_n < num_scored)[None, :])
-    tl.store(out_tile, cast(out, DTYPE, INTERPRETED), mask=mask_th)
+    tl.store(out_tile, out.to(DTYPE), mask=mask_th)
 
 
 def launch_arguments(
@@ -438,7 +350,7 @@ def launch_arguments(
         "stride_zm": z.stride(0),
         "H": hidden_size,
         "BLOCK_T": block_t,
-        "INTERPRETED": INTERPRETED,
+        "PRECISION": precision(target),
         **options,
     }
     first = shared | {
@@ -478,12 +390,10 @@ def launch_arguments(
     return first, second, row_blocks
 
 
-def launch(first: dict, second: dict, row_blocks: int) -> tuple[Tensor, Tensor]:
+def run(first: dict, second: dict, row_blocks: int) -> tuple[Tensor, Tensor]:
     """Both launches, with what `launch_arguments` returns; out and p."""
     out, p = second["out_ptr"], second["p_ptr"]
-    if out.numel() > 0:
-        h_tiles = triton.cdiv(out.shape[1], second["BLOCK_H"])
-        with torch.cuda.device_of(out):
-            adapter_columns_kernel[(row_blocks * first["num_tiles"],)](**first)
-            adapter_output_kernel[(row_blocks * h_tiles,)](**second)
+    h_tiles = triton.cdiv(out.shape[1], second["BLOCK_H"])
+    launch(adapter_columns_kernel, row_blocks * first["num_tiles"], first)
+    launch(adapter_output_kernel, row_blocks * h_tiles, second)
     return out, p

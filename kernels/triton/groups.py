@@ -1,0 +1,106 @@
+"""Groups of rows as the kernels see them: tables on the device, and a row block's rows.
+
+A plain call is a call with one group whose rows lie in order.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+Start = tuple[int, int, int]
+"""A group's first row of down-projections, of score weights or -1, and of W_out."""
+
+
+class Groups(NamedTuple):
+    """Where the weights of groups lie, as tables on the device; a plain call has one group."""
+
+    groups: Tensor
+    """[G, 8], int32: a group's `Start`; its first entry in `columns`, `adapters` and `tiles`; how
+    many columns and adapters it has."""
+    columns: Tensor
+    """[columns, 2]: the adapter in its group, the activation."""
+    adapters: Tensor
+    """[adapters]: in how many tiles its columns are."""
+    tiles: Tensor
+    """[tiles, 3]: the first adapter in the group, how many, and in how many earlier tiles the first
+    one is."""
+    num_tiles: int
+    """Of the widest group."""
+    num_parts: int
+    """In how many tiles an adapter is at most."""
+    tile_adapters: int
+    """How many adapters are in a tile at most."""
+
+
+# Kept for good: a CUDA graph may have captured their addresses.
+@functools.cache
+def tables(
+    starts: tuple[Start, ...],
+    counts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    activations: tuple[int, ...],
+    block_d: int,
+    device: torch.device,
+) -> Groups:
+    """The tables for groups of these counts of adapters; waits for the device."""
+    groups, columns, adapters, tiles, most_tiles = [], [], [], [], 0
+    each = iter(zip(sizes, activations, strict=True))
+    for start, count in zip(starts, counts, strict=True):
+        own = list(itertools.islice(each, count))
+        num_columns = sum(size for size, _ in own)
+        groups.append([*start, len(columns), len(adapters), len(tiles), num_columns, count])
+        num_tiles = max(1, -(-num_columns // block_d))
+        most_tiles = max(most_tiles, num_tiles)
+        found: list[list[tuple[int, int]]] = [[] for _ in range(num_tiles)]
+        end = 0
+        for i, (size, code) in enumerate(own):
+            columns += [[i, code]] * size
+            begin, end = end, end + size
+            # an adapter without columns still has a score
+            first = min(begin // block_d, num_tiles - 1)
+            last = max(first, -(-end // block_d) - 1)
+            adapters.append(last - first + 1)
+            for tile in range(first, last + 1):
+                found[tile].append((i, tile - first))
+        tiles += [[inside[0][0], len(inside), inside[0][1]] for inside in found]
+    parts = [
+        torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, *width)
+        for table, width in ((groups, (8,)), (columns, (2,)), (adapters, ()), (tiles, (3,)))
+    ]
+    return Groups(*parts, most_tiles, max(adapters), max(tile[1] for tile in tiles))
+
+
+@triton.jit
+def rows_of(pid, order_ptr, blocks_ptr, num_rows, BLOCK_T: tl.constexpr):
+    """A row block's group, row numbers and which of them there are."""
+    offs_t = tl.arange(0, BLOCK_T)
+    if blocks_ptr is None:
+        group = 0
+        rows = pid.to(tl.int64) * BLOCK_T + offs_t
+        mask_t = rows < num_rows
+    else:
+        group = tl.load(blocks_ptr + pid * 3)
+        first = tl.load(blocks_ptr + pid * 3 + 1)
+        mask_t = offs_t < tl.load(blocks_ptr + pid * 3 + 2)
+        rows = tl.load(order_ptr + first + offs_t, mask=mask_t, other=0).to(tl.int64)
+    return group, rows, mask_t
+
+
+@triton.jit
+def wide_columns(D):
+    """The columns that a group of D columns writes, zeros behind D: D comes from memory, and a mask
+    that may end at any column would make every access one element wide."""
+    return (D + 15) // 16 * 16
+
+
+def widest(sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, int]:
+    """The most columns and the most adapters that any group has."""
+    each = iter(sizes)
+    return max(sum(itertools.islice(each, count)) for count in counts), max(counts)
