@@ -11,7 +11,7 @@ died in. The results say what was left out, what failed, and what was not run an
 takes CPU tensors of tiny shapes through Triton's interpreter; its times mean nothing, are marked,
 and go to a file only if one is named.
 
-The exit status is 1 if anything failed or disagreed.
+The exit status is 1 if anything failed or disagreed, or was left out of a dry run.
 """
 
 import argparse
@@ -57,12 +57,14 @@ class Outcome:
     left_out: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     not_run: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """What there is of it, for the file."""
-        return {name: value for name, value in vars(self).items() if value}
+        parts = {name: value for name, value in vars(self).items() if value}
+        return parts.pop("versions", {}) | parts
 
-    def disagreeing(self) -> list[str]:
+    def faults(self) -> list[str]:
         """Titles and rows whose outputs did not agree, or which could not run."""
         return [
             f"{title}: {row}"
@@ -85,15 +87,15 @@ def stages(is_dry: bool, peer_site: Path | None) -> list[Stage]:
         )
         for tool in ("memcheck", "racecheck")
     ]
-    peer = Stage(
-        "peer",
-        110,
-        environment={"PYTHONPATH": os.pathsep.join(_python_path(peer_site))},
-        not_run=None if peer_site else "no --peer-site: a folder with adapters 1.3.0",
-    )
+    if peer_site is None:
+        peer = Stage("peer", 110, not_run="no --peer-site: a folder with adapters 1.3.0")
+    else:
+        rest = os.environ.get("PYTHONPATH")
+        path = f"{peer_site}{os.pathsep}{rest}" if rest else str(peer_site)
+        peer = Stage("peer", 110, environment={"PYTHONPATH": path})
     return [
         Stage("environment", 60),
-        # kernels are compiled one after the other in a process, and parity needs most of them
+        # a process compiles one kernel after the other, and parity needs hundreds
         Stage("parity", 100, processes=1 if is_dry else max(1, min(6, (os.cpu_count() or 1) // 2))),
         *sanitizers,
         Stage("tuning", 80),
@@ -107,11 +109,6 @@ def _why_no_sanitizer(is_dry: bool) -> str | None:
     if is_dry:
         return "a dry run has no GPU code to watch"
     return None if shutil.which(SANITIZER) else f"{SANITIZER} is not on the PATH"
-
-
-def _python_path(first: Path | None) -> list[str]:
-    rest = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return [path for path in (str(first) if first else "", *rest) if path]
 
 
 class Runner:
@@ -139,7 +136,7 @@ class Runner:
                 outcome.results |= part.results
                 outcome.left_out += part.left_out
                 outcome.failed |= part.failed
-                outcome.not_run = part.not_run
+                outcome.not_run, outcome.versions = part.not_run, part.versions
         return outcome
 
     def _run_part(self, stage: Stage, number: int, deadline: float) -> Outcome:
@@ -150,11 +147,13 @@ class Runner:
             report.unlink(missing_ok=True)
             part = ["--part", f"{number}/{stage.processes}", "--skip", str(over)]
             code, errors = self._process(stage, [*part, "--report", str(report)], deadline)
-            lines = report.read_text().splitlines() if report.exists() else []
+            # the last line has no end if the process was ended while it wrote
+            lines = report.read_text().split("\n")[:-1] if report.exists() else []
             began = None
             for entry in map(json.loads, lines):
                 outcome.not_run = entry.get("not_run", outcome.not_run)
                 names = entry.get("items", names)
+                outcome.versions = entry.get("versions", outcome.versions)
                 began = entry.get("began", began)
                 if "done" in entry:
                     outcome.results[entry["done"]] = entry["results"]
@@ -249,7 +248,8 @@ def main() -> int:
                 output.parent.mkdir(parents=True, exist_ok=True)
                 with output.open("a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
-            is_bad |= bool(outcome.failed or outcome.disagreeing())
+            is_bad |= bool(outcome.failed or outcome.faults())
+            is_bad |= arguments.dry_run and bool(outcome.left_out)
     print("\n".join(table.gpu(records)))
     return int(is_bad)
 

@@ -160,7 +160,8 @@ def one_setup_a_row(setting: Setting, batch: tuple[int, int], modes: tuple) -> d
     """Every row of the batch has an adapter of its own; `one adapter` serves all rows."""
     rows, _ = batch
     model = with_adapters(setting.bare(), rows)
-    names = [f"a{i}" for i in torch.randperm(rows, generator=torch.Generator().manual_seed(2))]
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(2))
+    names = [f"a{i}" for i in order.tolist()]
 
     def by_number(backend: str, dtype: torch.dtype) -> Callable:
         own = setting.to(on_backend(model, backend), dtype)

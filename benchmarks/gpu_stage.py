@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_stage.py STAGE --report FILE [--dry-run] [--part I/K] [--skip COUNT]
 
-The report has one JSON object a line: first the names of all items of this part, then one line when
-an item begins and one with its results. Who reads it knows what was left out, and why.
+The report has one JSON object a line: first the names of all items of this part and the packages'
+versions, then one line when an item begins and one with its results. Who reads it knows what was
+left out, and why.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def main() -> None:
         measure.append(arguments.report, {"not_run": str(reason)})
         return
     names = list(items)[start::step]
-    measure.append(arguments.report, {"items": names})
+    measure.append(arguments.report, {"items": names, "versions": measure.versions()})
     for name in names[arguments.skip :]:
         measure.append(arguments.report, {"began": name})
         began = time.perf_counter()

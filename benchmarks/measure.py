@@ -70,14 +70,19 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
+    found = {}
     for package in ("torch", "triton", "transformers", "adapters"):
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the code."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -85,7 +90,7 @@ def environment() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **versions,
+        **versions(),
     }
 
 

@@ -134,17 +134,17 @@ GPU_FACTS = (
 
 
 def gpu(records: list[dict]) -> list[str]:
-    """Everything that runs of gpu.py said, the newest of each device's stages; see there."""
+    """Everything that runs of gpu.py said, the newest record of each device's stages."""
     devices: dict[str, dict[str, dict]] = {}
     for record in records:
         devices.setdefault(record["device"], {})[record["stage"]] = record
     lines = []
     for device, stages in devices.items():
-        newest = list(stages.values())[-1]
+        first = next(iter(stages.values()))
         lines += [f"## {device}", ""]
-        if newest.get("dry"):
+        if first.get("dry"):
             lines += ["**A dry run: its times say nothing about any device.**", ""]
-        facts = [f"{name} {newest[name]}" for name in GPU_FACTS if newest.get(name) is not None]
+        facts = [f"{name} {first[name]}" for name in GPU_FACTS if first.get(name) is not None]
         lines += [f"({', '.join(facts)})", ""]
         lines += [GPU_HEAD, ""]
         for stage, record in stages.items():
@@ -154,23 +154,28 @@ def gpu(records: list[dict]) -> list[str]:
 
 def _gpu_stage(stage: str, record: dict) -> list[str]:
     lines = [f"### {stage}", ""]
+    if "adapters" in record:
+        lines += [f"(adapters {record['adapters']}, transformers {record['transformers']})", ""]
     results = record.get("results", {})
     rows = [(title, row, result) for title, own in results.items() for row, result in own.items()]
     agreed = [result["agreed"] for _, _, result in rows if "agreed" in result]
     if agreed:
         lines += [f"{sum(agreed)} of {len(agreed)} outputs agree.", ""]
-    lines += [
-        f"- disagrees: {title}, {row}: {r}" for title, row, r in rows if not r.get("agreed", 1)
-    ]
+    elif results:  # under a tool that watches
+        lines += [f"{len(results)} ran.", ""]
+    for title, row, result in rows:
+        if not result.get("agreed", True):
+            lines.append(f"- disagrees: {title}, {row}: {result}")
     if "not_run" in record:
         lines.append(f"- not run: {record['not_run']}")
     if "left_out" in record:
         lines.append(f"- left out, for want of time: {'; '.join(record['left_out'])}")
-    lines += [f"- failed: {item}: `{text}`" for item, text in record.get("failed", {}).items()]
+    for item, text in record.get("failed", {}).items():
+        lines.append(f"- failed: {item}: `{text.splitlines()[-1]}`")
     if lines[-1]:
         lines.append("")
     for title, own in results.items():
-        if any("ms" in result for result in own.values()):
+        if any("ms" in result or "failed" in result for result in own.values()):
             lines += [f"{title}:", "", *_timed(own)]
     return lines
 

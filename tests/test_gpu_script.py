@@ -93,7 +93,7 @@ def test_a_stage_survives_what_dies_and_says_what_it_left_out(run_stage):
     assert list(outcome.results) == ["good", "last"]
     assert outcome.failed == {"dies": "exit status 3: broken on purpose"}
     assert outcome.left_out == ["hangs", "behind"]
-    assert outcome.disagreeing() == ["last: triton"]
+    assert outcome.faults() == ["last: triton"]
 
 
 def test_processes_share_a_stage(run_stage):
@@ -143,7 +143,8 @@ def test_a_stage_reports_each_item_of_its_part(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_stage.STAGES, "ops", items)
     lines = report("--part", "1/2", "--skip", "1")
-    assert lines[0] == {"items": ["b", "d", "f"]}
+    assert lines[0]["items"] == ["b", "d", "f"]
+    assert lines[0]["versions"]["torch"] == torch.__version__
     assert [line.get("began") or line["done"] for line in lines[1:]] == ["d", "d", "f", "f"]
     assert lines[2]["results"] == {"triton": {"of": "d"}}
 
@@ -165,7 +166,9 @@ def test_results_make_a_table():
     records = [
         {**base, "stage": "ops", "results": {"N=8 forward": {"old": {"ms": [1, 1, 1]}}}},
         {**base, "stage": "ops", "results": {"N=8 forward": timed}, "left_out": ["N=16 forward"]},
-        {**base, "stage": "peer", "not_run": "no --peer-site"},
+        {**base, "stage": "peer", "adapters": "1.3.0", "transformers": "4.57.6"},
+        {**base, "stage": "memcheck", "results": {"N=3": {}, "N=8": {}}},
+        {**base, "stage": "racecheck", "not_run": "no compute-sanitizer"},
         {**base, "stage": "models", "failed": {"forward": "exit status 1: out of memory"}},
     ]
     text = "\n".join(table.gpu(records))
@@ -173,6 +176,8 @@ def test_results_make_a_table():
     assert "| torch compiled | failed: RuntimeError: no compiler |" in text
     assert "1 of 2 outputs agree" in text and "- disagrees: N=8 forward, torch eager" in text
     assert "- left out, for want of time: N=16 forward" in text
-    assert "- not run: no --peer-site" in text
+    assert "### memcheck\n\n2 ran." in text
+    assert "- not run: no compute-sanitizer" in text
+    assert "(adapters 1.3.0, transformers 4.57.6)" in text
     assert "- failed: forward: `exit status 1: out of memory`" in text
     assert "| old |" not in text  # the newest of a device's stages
