@@ -73,7 +73,7 @@ def compare(
     truth: Outputs,
     dtype: torch.dtype,
     rounds: int,
-    bases: tuple[str, ...] = (LITERAL,),
+    bases: tuple[str, ...],
     plain: str = LITERAL,
 ) -> dict[str, dict]:
     """Interleaved rounds over all contenders in all their modes.
@@ -82,8 +82,7 @@ def compare(
         contenders: by name.
         truth: the outputs in higher precision.
         dtype: what the contenders compute in.
-        bases: contenders over whose time the others' is taken: of graphs over their graph, of all
-            others over their eager call.
+        bases: over whose times the others' are taken, if they can run: contender and mode.
         plain: the contender whose eager error is the measure of the others'.
 
     Returns:
@@ -118,10 +117,9 @@ def compare(
     for title, own in times_ms.items():
         results[title]["ms"] = measure.twenty_eighty(own)
         for base in bases:
-            other = f"{base} graph" if title.endswith("graph") else f"{base} eager"
-            if other in times_ms:
-                pairs = zip(own, times_ms[other], strict=True)
-                results[title][f"over_{base}"] = measure.twenty_eighty([a / b for a, b in pairs])
+            if base in times_ms:
+                pairs = zip(own, times_ms[base], strict=True)
+                results[title][f"over {base}"] = measure.twenty_eighty([a / b for a, b in pairs])
         results[title] |= _rates(owners[title], results[title]["ms"][1])
     return results
 

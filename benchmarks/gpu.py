@@ -118,6 +118,8 @@ class Runner:
         self.end = time.monotonic() + 60 * minutes
         self.is_dry = is_dry
         self.scratch = scratch
+        self.running: set[subprocess.Popen] = set()
+        self.is_interrupted = False
         # read when triton is imported; a run on a GPU must not inherit it
         self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if is_dry:
@@ -132,11 +134,17 @@ class Runner:
         outcome = Outcome()
         with ThreadPoolExecutor(stage.processes) as pool:
             parts = range(stage.processes)
-            for part in pool.map(lambda i: self._run_part(stage, i, deadline), parts):
-                outcome.results |= part.results
-                outcome.left_out += part.left_out
-                outcome.failed |= part.failed
-                outcome.not_run, outcome.versions = part.not_run, part.versions
+            try:
+                for part in pool.map(lambda i: self._run_part(stage, i, deadline), parts):
+                    outcome.results |= part.results
+                    outcome.left_out += part.left_out
+                    outcome.failed |= part.failed
+                    outcome.not_run, outcome.versions = part.not_run, part.versions
+            except (KeyboardInterrupt, SystemExit):  # sessions of their own: no signal reached them
+                self.is_interrupted = True
+                for process in list(self.running):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
         return outcome
 
     def _run_part(self, stage: Stage, number: int, deadline: float) -> Outcome:
@@ -158,7 +166,7 @@ class Runner:
                 if "done" in entry:
                     outcome.results[entry["done"]] = entry["results"]
                     began, over = None, over + 1
-            if code is None:  # out of time
+            if code is None or self.is_interrupted:  # out of time
                 outcome.left_out += names[over:] if names is not None else ["all"]
                 break
             if code != 0:
@@ -183,14 +191,14 @@ class Runner:
                 env=self.environment | stage.environment,
                 start_new_session=True,  # its compilers are ended with it
             )
+            self.running.add(process)
             try:
                 code = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 code = None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+            self.running.remove(process)
             errors.seek(0)
             return code, "\n".join(errors.read().strip().splitlines()[-40:])
 
@@ -227,6 +235,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     output = arguments.output or (None if arguments.dry_run else RESULTS)
     base: dict[str, Any] = {"dry": True} if arguments.dry_run else {}
     records, is_bad = [], False

@@ -122,7 +122,7 @@ def _compare(
     setting: Setting, models: dict[str, Contender], measured: Measured, truth: Callable
 ) -> dict[str, dict]:
     plain = PEER if PEER in models else LITERAL
-    bases = (plain, "bare") if "bare" in models else (plain,)
+    bases = (f"{plain} eager", f"{plain} compiled", "torch compiled", "bare eager", "bare graph")
     outputs = measured.read(measured.call(truth)())
     rounds, dtype = setting.shapes.rounds, setting.dtype
     return compare(setting.device, models, measured, outputs, dtype, rounds, bases, plain)

@@ -18,7 +18,7 @@ from fastfusion.ops import PackedWeights, adapter_fusion, adapter_fusion_grouped
 from fastfusion.ops.activations import activation_code
 
 Item = Callable[[], dict[str, dict]]
-BASES = ("products", LITERAL)
+BASES = ("products eager", "products graph", f"{LITERAL} eager", "torch compiled")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,13 @@ class Setting:
         columns = self.adapters * (3 * self.shapes.size + 2)
         return 2 * self.rows * self.shapes.hidden * columns
 
+    def compare(
+        self, contenders: dict[str, Contender], measured: Measured, truth: Outputs, **other
+    ) -> dict[str, dict]:
+        options = {"bases": BASES, **other}
+        rounds = self.shapes.rounds
+        return compare(self.device, contenders, measured, truth, self.dtype, rounds, **options)
+
 
 def inference(setting: Setting) -> dict[str, dict]:
     """The forward on packed weights, as the inference cache keeps them."""
@@ -107,9 +114,7 @@ def inference(setting: Setting) -> dict[str, dict]:
         "triton": Contender(place.mixture(pack, "triton"), flops=setting.flops()),
     }
     truth = place.literal(setting.drawn(torch.float64))(setting.draw(1, torch.float64))
-    rounds = setting.shapes.rounds
-    outputs = {"out": truth}
-    return compare(setting.device, contenders, forward(x), outputs, setting.dtype, rounds, BASES)
+    return setting.compare(contenders, forward(x), {"out": truth})
 
 
 def inference_norm(setting: Setting) -> dict[str, dict]:
@@ -123,9 +128,8 @@ def inference_norm(setting: Setting) -> dict[str, dict]:
         "triton": Contender(place.mixture_norm(pack, summand, "triton"), flops=setting.flops()),
     }
     exact = place.literal_norm(setting.drawn(torch.float64), setting.draw(2, torch.float64))
-    outputs = {"out": exact(setting.draw(1, torch.float64))}
-    rounds = setting.shapes.rounds
-    return compare(setting.device, contenders, forward(x), outputs, setting.dtype, rounds, BASES)
+    truth = exact(setting.draw(1, torch.float64))
+    return setting.compare(contenders, forward(x), {"out": truth})
 
 
 def decoding(setting: Setting) -> dict[str, dict]:
@@ -139,8 +143,7 @@ def decoding(setting: Setting) -> dict[str, dict]:
         "triton": Contender(place.mixture(pack, "triton"), moved_bytes=weights),
     }
     truth = place.literal(setting.drawn(torch.float64))(setting.draw(1, torch.float64))
-    rounds, outputs = setting.shapes.rounds, {"out": truth}
-    return compare(setting.device, contenders, forward(x), outputs, setting.dtype, rounds, BASES)
+    return setting.compare(contenders, forward(x), {"out": truth})
 
 
 def training(setting: Setting) -> dict[str, dict]:
@@ -170,10 +173,7 @@ def training(setting: Setting) -> dict[str, dict]:
     }
     exact_x, exact = recorded(torch.float64)
     truth = _gradients(step(exact_x, exact).call(place.literal(exact))())
-    rounds = setting.shapes.rounds
-    return compare(
-        setting.device, contenders, step(x, drawn), truth, setting.dtype, rounds, (LITERAL,)
-    )
+    return setting.compare(contenders, step(x, drawn), truth)
 
 
 def _gradients(grads: tuple[Tensor, ...]) -> Outputs:
@@ -213,7 +213,7 @@ def one_setup_a_row(setting: Setting, is_mixed: bool) -> dict[str, dict]:
 
     `group by group` is the torch backend; `one adapter` serves all rows.
     """
-    shapes, device = setting.shapes, setting.device
+    shapes, device = setting.shapes, setting.device.device
     generator = torch.Generator().manual_seed(0)
     if is_mixed:
         parts = [(4, True)] * 4 + [(1, False)] * 4
@@ -224,10 +224,8 @@ def one_setup_a_row(setting: Setting, is_mixed: bool) -> dict[str, dict]:
     kinds = len(packs) + 1 if is_mixed else len(packs)  # with base rows
     numbers = torch.randperm(sequences, generator=generator) % kinds - (kinds - len(packs))
     groups = numbers.repeat_interleave(shapes.length).int()
-    indices = [
-        (groups == number).nonzero().squeeze(1).to(device.device) for number in range(len(packs))
-    ]
-    groups = groups.to(device.device)
+    indices = [(groups == number).nonzero().squeeze(1).to(device) for number in range(len(packs))]
+    groups = groups.to(device)
     weights = stack(packs)
     matrices = [[w for w in (p.w_down, p.w_score, p.w_out) if w is not None] for p in packs]
     flops = sum(
@@ -260,11 +258,11 @@ def one_setup_a_row(setting: Setting, is_mixed: bool) -> dict[str, dict]:
         "one adapter": Contender(one_adapter, is_compared=False),
     }
     exact = group_by_group([_in_fp64(pack) for pack in packs])
-    truth = {"out": exact(setting.draw(1, torch.float64))}
-    return compare(
-        device, contenders, forward(x), truth, setting.dtype, shapes.rounds,
-        ("one adapter", "group by group"), plain="group by group",
-    )  # fmt: skip
+    truth = exact(setting.draw(1, torch.float64))
+    bases = ("one adapter eager", "one adapter graph", "group by group eager")
+    return setting.compare(
+        contenders, forward(x), {"out": truth}, bases=bases, plain="group by group"
+    )
 
 
 def items(device: GPU | DryRun) -> dict[str, Item]:

@@ -1,8 +1,12 @@
 """benchmarks/gpu.py: its arguments, its processes, the rule of parity, and tables of its file."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import gpu
@@ -102,6 +106,18 @@ def test_processes_share_a_stage(run_stage):
     assert (list(outcome.failed), outcome.left_out) == (["dies"], ["hangs"])
 
 
+def test_who_interrupts_it_ends_its_processes(tmp_path, monkeypatch):
+    (tmp_path / "gpu_stage.py").write_text(STAGE)
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    runner = gpu.Runner(1.0, True, tmp_path)
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(gpu.Stage("stage", 1), 1.0)
+    assert time.monotonic() - began < 30  # of 60
+    assert not runner.running
+
+
 # --------------------------------------------------------------------------------------------------
 # parity
 
@@ -157,7 +173,7 @@ def test_a_stage_reports_each_item_of_its_part(tmp_path, monkeypatch):
 
 def test_results_make_a_table():
     timed = {
-        "products eager": {"ms": [0.9, 1.0, 1.1], "over_products": [1.0, 1.0, 1.0]},
+        "products eager": {"ms": [0.9, 1.0, 1.1], "over products eager": [1, 1, 1]},
         "triton graph": {"ms": [0.5, 0.6, 0.7], "relative_error": 0.002, "agreed": True},
         "torch compiled": {"failed": "RuntimeError: no compiler"},
         "torch eager": {"ms": [2.0, 2.0, 2.0], "relative_error": 0.3, "agreed": False},
