@@ -182,8 +182,10 @@ def _gpu_stage(stage: str, record: dict) -> list[str]:
 
 def _timed(results: dict[str, dict]) -> list[str]:
     """A table of what was timed, a column for everything that any row has."""
-    columns = list(dict.fromkeys(key for result in results.values() for key in result))
-    columns = [key for key in columns if key not in ("ms", "failed")]
+    last = ("tflops", "gb_s", "peak_mib", "relative_error", "agreed")
+    found = dict.fromkeys(key for result in results.values() for key in result)
+    columns = [key for key in found if key not in ("ms", "failed", *last)]
+    columns += [key for key in last if key in found]
     rows = []
     for name, result in results.items():
         if "failed" in result:
