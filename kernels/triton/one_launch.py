@@ -18,8 +18,9 @@ products with a one-hot [D, N] matrix. Adapters that a group has not score -inf.
 
 A LayerNorm behind needs whole rows: the second loop writes them before the norm (to `pre_norm`
 where that is kept, to `out` otherwise), less a number near their mean, which the norm does not see
-and which would cost digits, and sums their statistics; a third loop reads them back and normalises. That is safe though it happens within one launch: a program reads only rows that it
-wrote itself, behind a barrier of its threads, which orders their accesses.
+and which would cost digits, and sums their statistics; a third loop reads them back and normalises.
+That is safe though it happens within one launch: a program reads only rows that it wrote itself,
+behind a barrier of its threads, which orders their accesses.
 
 Groups of rows (`groups.py`): a program takes an entry of the routing table's blocks: up to BLOCK_T
 rows of one group, or base rows, which are their residual. It reads and writes them where they lie.
