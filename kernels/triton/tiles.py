@@ -55,12 +55,49 @@ def activation(x, CODE: tl.constexpr):
 
 
 @triton.jit
+def activation_derivative(x, CODE: tl.constexpr):
+    """As PyTorch has it where the function has a kink: 0 for relu, 0.01 for leaky_relu."""
+    if CODE == RELU:
+        return tl.where(x <= 0, 0.0, 1.0)
+    elif CODE == GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif CODE == GELU_NEW:
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif CODE == SILU:
+        s = tl.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    elif CODE == TANH:
+        y = _tanh(x)
+        return 1.0 - y * y
+    elif CODE == SIGMOID:
+        s = tl.sigmoid(x)
+        return s * (1.0 - s)
+    elif CODE == LEAKY_RELU:
+        return tl.where(x > 0, 1.0, 0.01)
+    else:
+        tl.static_assert(CODE == LINEAR, "an activation that this kernel has not")
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def activate(pre, code, CODES: tl.constexpr):
     """Each column's own activation: one pass for each code that occurs."""
     z = activation(pre, CODES[0])
     for j in tl.static_range(1, len(CODES)):
         z = tl.where((code == CODES[j])[None, :], activation(pre, CODES[j]), z)
     return z
+
+
+@triton.jit
+def activate_backward(dz, pre, code, CODES: tl.constexpr):
+    """The gradient of `pre`, from that of `activate(pre, code, CODES)`."""
+    derivative = activation_derivative(pre, CODES[0])
+    for j in tl.static_range(1, len(CODES)):
+        own = (code == CODES[j])[None, :]
+        derivative = tl.where(own, activation_derivative(pre, CODES[j]), derivative)
+    return dz * derivative
 
 
 @triton.jit
@@ -119,6 +156,18 @@ def column_blocks(columns: int) -> tuple[int, int]:
 def fits_one_launch(columns: int, adapters: int) -> bool:
     """Whether one program holds the bottlenecks and scores of a row block in registers."""
     return sum(column_blocks(columns)) + padded(adapters) <= MAX_COLUMNS
+
+
+# A sum over rows is cut into shares of about SPLIT_ROWS of a group's rows, but not into more than
+# MAX_SPLITS: each writes and reads the whole gradient in fp32. Small in the interpreter, so that
+# tests have several.
+SPLIT_ROWS = 64 if INTERPRETED else 512
+MAX_SPLITS = 8
+
+
+def row_splits(num_rows: int, num_groups: int) -> int:
+    """How many shares a sum over the rows of each group has, if these are of one size."""
+    return min(MAX_SPLITS, max(1, -(-num_rows // (SPLIT_ROWS * num_groups))))
 
 
 @functools.cache
@@ -185,6 +234,31 @@ def two_launch_schedule(
         "BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps,
         "num_stages": stages,
     }  # fmt: skip
+
+
+def backward_schedule(
+    dtype: torch.dtype, target: GPUTarget | None, num_rows: int
+) -> dict[str, dict[str, int]]:
+    """The same for the kernels of `backward.py`; row blocks are of one size in the first three."""
+    arch = target.arch // 10 if target is not None and target.backend == "cuda" else None
+    if target is None:
+        # small, so that tests have many tiles
+        rows, d, h, m, k, warps, stages = 32, 32, 64, 32, 32, 4, 1
+    elif dtype == torch.float32:
+        rows, d, h, m, k, warps, stages = 32, 32, 32, 32, 16, 4, 2
+    elif num_rows < 4096:
+        rows, d, h, m, k, warps, stages = 64, 64, 64, 64, 64, 4, 3
+    else:
+        rows, d, h, m, k, warps, stages = 128, 64, 128, 64, 32, 8, 3
+    if target is not None and target.backend != "cuda":
+        stages = 2  # 64 KiB of LDS
+    options = {"num_warps": warps, "num_stages": stages}
+    return {
+        "columns": {"BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, **options},
+        "scores": {"BLOCK_T": rows, "BLOCK_D": d, **options},
+        "input": {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, **options},
+        "weights": {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_H": h, **options},
+    }
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:
