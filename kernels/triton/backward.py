@@ -22,22 +22,19 @@ writes them, and no other program touches them.
 A plain call is a call with one group whose rows lie in order; see `two_launches.py`. Base rows have
 no part in any sum, and dx = 0.
 
-Determinism: no atomics. The rows are summed in shares, each in order, whose number depends on the
-shape alone (`tiles.row_splits`), and the shares' sums lie in fp32 and are added in their order.
+The weights' sums stand in `weight_gradients.py`. No atomics: the same bits every time.
 
 Precision: fp32 accumulation, as in `two_launches.py`. pre, t, dw and what is made of them are
 rounded to the inputs' dtype between the launches, as PyTorch's products are.
 
 Bytes per row, with e bytes per element: the first launch reads x, g (and a query of its own) once
 from device memory, ceil(D / BLOCK_D) times in all, and writes 3*W*e and the parts; the second reads
-and writes 3*W*e; the third reads 2*W*e, ceil(H / BLOCK_H) times in all, and writes H*e; each sum of
-the fourth reads W*e and H*e, ceil(H / BLOCK_H) and ceil(D / BLOCK_M) times in all. Nothing waits
-for the device after a layout's first call, which makes tables: CUDA graphs capture every launch.
+and writes 3*W*e; the third reads 2*W*e, ceil(H / BLOCK_H) times in all, and writes H*e. Nothing
+waits for the device after a layout's first call, which makes tables: CUDA graphs capture all.
 
 One input per adapter: they are stacked to [N, T, H], and the third launch is one for each input.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -64,9 +61,9 @@ from .tiles import (
     launch,
     padded,
     precision,
-    row_splits,
     target_of,
 )
+from .weight_gradients import WeightRows, weight_gradient
 
 
 @triton.jit
@@ -366,132 +363,8 @@ def adapter_input_bwd_kernel(
     tl.store(out_ptr + rows[:, None] * H + offs_h[None, :], out.to(DTYPE), mask=mask_th)
 
 
-@triton.jit
-def _positions(i, last, order_ptr, BLOCK_K: tl.constexpr):
-    """The rows at the positions i .. of `order`, and which of them lie before `last`."""
-    offs = i + tl.arange(0, BLOCK_K)
-    mask = offs < last
-    if order_ptr is None:
-        return offs.to(tl.int64), mask
-    return tl.load(order_ptr + offs, mask=mask, other=0).to(tl.int64), mask
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_tiles", "height"])
-def adapter_weights_bwd_kernel(
-    a_ptr,  # [num_rows, stride_a]
-    b_ptr,  # [inputs, num_rows, H]
-    order_ptr,  # [num_rows], or None: rows in order
-    offsets_ptr,  # [groups + 2] into `order`, or None: one group of all rows
-    tiles_ptr,  # see `_weight_tiles`
-    out_ptr,  # [SPLITS, height, H]
-    bias_ptr,  # [SPLITS, height], or None
-    num_rows,
-    num_tiles,
-    height,
-    stride_a,
-    stride_bi,
-    stride_bm,
-    H: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out[split, i] = sum over a share of the rows of a[row, i] * b[row]."""
-    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    pid = tl.program_id(0)
-    h_tile = pid % H_TILES
-    split = pid // H_TILES // num_tiles
-    tile = tiles_ptr + pid // H_TILES % num_tiles * 7
-    group = tl.load(tile)
-    # of whole sixteens: a wide access can begin there
-    offs_m = tl.load(tile + 1) * 16 + tl.arange(0, BLOCK_M)
-    begin = tl.load(tile + 2)
-    used = tl.load(tile + 3)
-    end = tl.load(tile + 4)
-    first_row = tl.load(tile + 5)
-    b_ptr += tl.load(tile + 6) * tl.cast(stride_bi, tl.int64)
-    first = 0
-    last = num_rows
-    if offsets_ptr is not None:
-        first = tl.load(offsets_ptr + group)
-        last = tl.load(offsets_ptr + group + 1)
-    share = tl.cdiv(last - first, SPLITS * BLOCK_K) * BLOCK_K
-    first += split * share
-    last = tl.minimum(first + share, last)
-
-    offs_h = h_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
-    mask_m = offs_m < wide_columns(used)
-    out = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    for i in range(first, last, BLOCK_K):
-        rows, mask_k = _positions(i, last, order_ptr, BLOCK_K)
-        a_tile = a_ptr + rows[:, None] * stride_a + offs_m[None, :]
-        a = tl.load(a_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-        b_tile = b_ptr + rows[:, None] * stride_bm + offs_h[None, :]
-        b = tl.load(b_tile, mask=mask_k[:, None] & mask_h[None, :], other=0.0)
-        out = tl.dot(tl.trans(a), b, out, input_precision=PRECISION)
-    # rows of the weight behind the used ones are padding
-    out = tl.where((offs_m < used)[:, None], out, 0.0)
-    row = split * tl.cast(height, tl.int64) + first_row + offs_m
-    own = (offs_m >= begin) & (offs_m < end)
-    out_tile = out_ptr + row[:, None] * H + offs_h[None, :]
-    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=own[:, None] & mask_h[None, :])
-    if bias_ptr is not None:
-        if h_tile == 0:
-            # a loop of its own: the product's one has nothing to do but to feed the matrix units
-            bias = tl.zeros([BLOCK_M], tl.float32)
-            for i in range(first, last, BLOCK_K):
-                rows, mask_k = _positions(i, last, order_ptr, BLOCK_K)
-                a_tile = a_ptr + rows[:, None] * stride_a + offs_m[None, :]
-                a = tl.load(a_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-                bias += tl.sum(a.to(tl.float32), axis=0)
-            bias = tl.where(offs_m < used, bias, 0.0)
-            tl.store(bias_ptr + row, bias.to(bias_ptr.dtype.element_ty), mask=own)
-
-
-@triton.jit(do_not_specialize=["size"])
-def add_splits_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = sum over the splits of parts[split, i], in their order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
-        part = parts_ptr + split * tl.cast(size, tl.int64) + offs
-        total += tl.load(part, mask=offs < size, other=0.0)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < size)
-
-
-class WeightRows(NamedTuple):
-    """Rows of a weight that are sums over the rows of one group."""
-
-    group: int
-    begin: int
-    """The columns of the left factor that they belong to, and"""
-    used: int
-    """the end of these."""
-    end: int
-    """The end of the rows, counted as the columns are: what is behind `used` is padding."""
-    first_row: int
-    """Where column 0 would lie in the weight."""
-    input: int
-    """Which right factor."""
-
-
-# Kept for good: a CUDA graph may have captured their addresses.
-@functools.cache
-def _weight_tiles(parts: tuple[WeightRows, ...], block_m: int, device: torch.device) -> Tensor:
-    """[tiles, 7], int32: the group, the first column in sixteens, then as in `WeightRows`."""
-    found = [
-        [part.group, column // 16, *part[1:]]
-        for part in parts
-        for column in range(part.begin // 16 * 16, part.end, block_m)
-    ]
-    return torch.tensor(found, dtype=torch.int32, device=device).reshape(-1, 7)
-
-
 class _Mixture(NamedTuple):
-    """What the launches of one backward pass share."""
+    """What the gradients are products of, and what their launches share."""
 
     dpre: Tensor
     """[T, W]"""
@@ -500,106 +373,12 @@ class _Mixture(NamedTuple):
     w: Tensor
     """[T, W]"""
     doffset: Tensor | None
-    rows: dict
-    """Which rows a program has: arguments of every kernel but the weights'."""
-    offsets: Tensor | None
-    """Into the order of the rows, by group."""
-    num_groups: int
+    """[T]"""
     row_blocks: int
-    schedule: dict[str, dict[str, int]]
-    precision: str
-
-    def input_gradient(
-        self,
-        out: Tensor,
-        dpre: Tensor | None,
-        dy: Tensor | None,
-        w_down: Tensor,
-        w_score: Tensor | None,
-        columns: tuple[int, int],
-        add: Tensor | None = None,
-    ) -> None:
-        """Writes out = dpre W_down + dy W_score + add, of these columns of dpre."""
-        blocks = self.schedule["input"]
-        arguments = self.rows | {
-            "dpre_ptr": dpre,
-            "dy_ptr": dy,
-            "add_ptr": add,
-            "w_down_ptr": w_down.contiguous(),
-            "w_score_ptr": contiguous(w_score),
-            "out_ptr": out,
-            "begin": columns[0],
-            "end": columns[1],
-            "stride_w": self.dpre.stride(0),
-            "stride_am": 0 if add is None else add.stride(0),
-            "H": out.shape[1],
-            "PRECISION": self.precision,
-            **blocks,
-        }
-        tiles = triton.cdiv(out.shape[1], blocks["BLOCK_H"])
-        launch(adapter_input_bwd_kernel, self.row_blocks * tiles, arguments)
-
-    def weight_gradient(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        products: Sequence[tuple[Tensor, Tensor, Sequence[WeightRows]]],
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of a weight and its bias, which `products` make up.
-
-        Args:
-            products: pairs of factors a [T, W] and b [inputs, T, H] with the rows that are sums of
-                their products; all rows of the weight are in one of them.
-        """
-        num_rows, hidden_size = products[0][1].shape[1:]
-        height = weight.shape[0]
-        splits = row_splits(num_rows, self.num_groups)
-        result = weight.new_empty(height, hidden_size)
-        bias_result = weight.new_empty(0 if bias is None else height)
-        out, bias_out = result, bias_result
-        if splits > 1:
-            out = weight.new_empty(splits, height, hidden_size, dtype=torch.float32)
-            bias_out = weight.new_empty(splits, len(bias_result), dtype=torch.float32)
-        blocks = self.schedule["weights"]
-        h_tiles = triton.cdiv(hidden_size, blocks["BLOCK_H"])
-        for a, b, parts in products:
-            tiles = _weight_tiles(tuple(parts), blocks["BLOCK_M"], a.device)
-            arguments = {
-                "a_ptr": a,
-                "b_ptr": b,
-                "order_ptr": self.rows["order_ptr"],
-                "offsets_ptr": self.offsets,
-                "tiles_ptr": tiles,
-                "out_ptr": out,
-                "bias_ptr": None if bias is None else bias_out,
-                "num_rows": num_rows,
-                "num_tiles": len(tiles),
-                "height": height,
-                "stride_a": a.stride(0),
-                "stride_bi": b.stride(0),
-                "stride_bm": b.stride(1),
-                "H": hidden_size,
-                "SPLITS": splits,
-                "PRECISION": self.precision,
-                **blocks,
-            }
-            launch(adapter_weights_bwd_kernel, splits * len(tiles) * h_tiles, arguments)
-        if splits > 1:
-            _add_splits(out, result)
-            _add_splits(bias_out, bias_result)
-        return result, bias_result
-
-
-def _add_splits(parts: Tensor, out: Tensor) -> None:
-    block = 1024
-    arguments = {
-        "parts_ptr": parts,
-        "out_ptr": out,
-        "size": out.numel(),
-        "SPLITS": len(parts),
-        "BLOCK": block,
-    }
-    launch(add_splits_kernel, triton.cdiv(out.numel(), block), arguments)
+    inputs: dict
+    """What all launches for inputs are called with."""
+    sums: dict
+    """What all launches for weights are."""
 
 
 def _mixture(
@@ -705,9 +484,47 @@ def _mixture(
         **blocks["scores"],
     }
     launch(adapter_scores_bwd_kernel, row_blocks * num_tiles, second)
-    return _Mixture(
-        pre, t, dw, doffset, rows, offsets, len(counts), row_blocks, blocks, precision(target)
-    )
+    third = rows | {
+        "stride_w": width,
+        "H": hidden_size,
+        "PRECISION": precision(target),
+        **blocks["input"],
+    }
+    sums = {
+        "order": order,
+        "offsets": offsets,
+        "num_groups": len(counts),
+        "blocks": blocks["weights"],
+        "precision": precision(target),
+    }
+    return _Mixture(pre, t, dw, doffset, row_blocks, third, sums)
+
+
+def _input_gradient(
+    mixture: _Mixture,
+    out: Tensor,
+    dpre: Tensor | None,
+    dy: Tensor | None,
+    w_down: Tensor,
+    w_score: Tensor | None,
+    begin: int = 0,
+    end: int = 0,
+    add: Tensor | None = None,
+) -> None:
+    """Writes out = dpre[:, begin:end] W_down[begin:end] + dy W_score + add, each if it is there."""
+    arguments = mixture.inputs | {
+        "dpre_ptr": dpre,
+        "dy_ptr": dy,
+        "add_ptr": add,
+        "w_down_ptr": w_down.contiguous(),
+        "w_score_ptr": contiguous(w_score),
+        "out_ptr": out,
+        "begin": begin,
+        "end": end,
+        "stride_am": 0 if add is None else add.stride(0),
+    }
+    tiles = triton.cdiv(out.shape[1], arguments["BLOCK_H"])
+    launch(adapter_input_bwd_kernel, mixture.row_blocks * tiles, arguments)
 
 
 def adapter_fusion_backward(
@@ -753,33 +570,27 @@ def adapter_fusion_backward(
         starts=[(0, -1 if w_score is None else 0, 0)], counts=[len(sizes)], sizes=sizes,
         activations=activations, needs_offset=needs_offset,
     )  # fmt: skip
-    own = list(zip([0, *ends], ends, strict=False))
+    own = list(zip([0, *ends], ends, strict=False))  # the columns that read each input
     if needs_x:
         dx = grad_out.new_empty(inputs.shape)
-        for i, begin_end in enumerate(own):
-            dy = mixture.dy if is_query and i == 0 else None
-            mixture.input_gradient(
-                dx[i], mixture.dpre, dy, w_down, w_score, begin_end, add if i == 0 else None
-            )
+        for i, (begin, end) in enumerate(own):
+            dy, more = (mixture.dy if is_query else None, add) if i == 0 else (None, None)
+            _input_gradient(mixture, dx[i], mixture.dpre, dy, w_down, w_score, begin, end, more)
     if needs_query:
-        dquery = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-        mixture.input_gradient(dquery, None, mixture.dy, w_down, w_score, (0, 0))
+        dquery = grad_out.new_empty(grad_out.shape)
+        _input_gradient(mixture, dquery, None, mixture.dy, w_down, w_score)
     if needs_down:
         parts = [WeightRows(0, begin, end, end, 0, i) for i, (begin, end) in enumerate(own)]
-        dw_down, db_down = mixture.weight_gradient(
-            w_down, b_down, [(mixture.dpre, inputs, parts)]
-        )
+        products = [(mixture.dpre, inputs, parts)]
+        dw_down, db_down = weight_gradient(w_down, b_down, products, **mixture.sums)
     if needs_score:
-        parts = [WeightRows(0, 0, used, w_score.shape[0], 0, 0)]
         queries = inputs[:1] if query is None else query.unsqueeze(0)
-        dw_score, db_score = mixture.weight_gradient(
-            w_score, b_score, [(mixture.dy, queries, parts)]
-        )
+        products = [(mixture.dy, queries, [WeightRows(0, 0, used, len(w_score), 0, 0)])]
+        dw_score, db_score = weight_gradient(w_score, b_score, products, **mixture.sums)
     if needs_out:
-        parts = [WeightRows(0, 0, used, w_out.shape[0], 0, 0)]
-        dw_out, _ = mixture.weight_gradient(
-            w_out, None, [(mixture.w, grad_out.unsqueeze(0), parts)]
-        )
+        parts = [WeightRows(0, 0, used, len(w_out), 0, 0)]
+        products = [(mixture.w, grad_out.unsqueeze(0), parts)]
+        dw_out, _ = weight_gradient(w_out, None, products, **mixture.sums)
     if needs_offset:
         doffset = mixture.doffset
     return dx, dquery, dw_down, db_down, dw_score, db_score, dw_out, doffset
@@ -815,8 +626,8 @@ def adapter_fusion_grouped_backward(
     )  # fmt: skip
     if needs_x:
         dx = x.new_empty(x.shape)
-        every = (0, sum(sizes))
-        mixture.input_gradient(dx, mixture.dpre, mixture.dy, w_in, w_in, every)
+        end = sum(sizes)
+        _input_gradient(mixture, dx, mixture.dpre, mixture.dy, w_in, w_in, 0, end)
     down, score, out = [], [], []
     for g, part in enumerate(layouts(sizes, counts, scored)):
         columns = part.down.stop - part.down.start
@@ -829,9 +640,8 @@ def adapter_fusion_grouped_backward(
         products = [(mixture.dpre, inputs, down)]
         if score:
             products.append((mixture.dy, inputs, score))
-        dw_in, db_in = mixture.weight_gradient(w_in, b_in, products)
+        dw_in, db_in = weight_gradient(w_in, b_in, products, **mixture.sums)
     if needs_out:
-        dw_out, _ = mixture.weight_gradient(
-            w_out, None, [(mixture.w, grad_out.unsqueeze(0), out)]
-        )
+        products = [(mixture.w, grad_out.unsqueeze(0), out)]
+        dw_out, _ = weight_gradient(w_out, None, products, **mixture.sums)
     return dx, dw_in, db_in, dw_out

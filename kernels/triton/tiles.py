@@ -240,25 +240,32 @@ def backward_schedule(
     dtype: torch.dtype, target: GPUTarget | None, num_rows: int
 ) -> dict[str, dict[str, int]]:
     """The same for the kernels of `backward.py`; row blocks are of one size in the first three."""
-    arch = target.arch // 10 if target is not None and target.backend == "cuda" else None
+    options = {"num_warps": 4, "num_stages": 3}
     if target is None:
         # small, so that tests have many tiles
-        rows, d, h, m, k, warps, stages = 32, 32, 64, 32, 32, 4, 1
+        rows, d, k, h, m, r = 32, 32, 32, 64, 32, 32
     elif dtype == torch.float32:
-        rows, d, h, m, k, warps, stages = 32, 32, 32, 32, 16, 4, 2
+        rows, d, k, h, m, r, options["num_stages"] = 32, 32, 16, 32, 32, 16, 2
     elif num_rows < 4096:
-        rows, d, h, m, k, warps, stages = 64, 64, 64, 64, 64, 4, 3
+        rows, d, k, h, m, r = 64, 64, 64, 64, 64, 64
     else:
-        rows, d, h, m, k, warps, stages = 128, 64, 128, 64, 32, 8, 3
+        rows, d, k, h, m, r, options["num_warps"] = 128, 64, 64, 128, 128, 64, 8
     if target is not None and target.backend != "cuda":
-        stages = 2  # 64 KiB of LDS
-    options = {"num_warps": warps, "num_stages": stages}
+        r, options["num_stages"] = min(r, 32), 2  # 64 KiB of LDS
     return {
         "columns": {"BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, **options},
-        "scores": {"BLOCK_T": rows, "BLOCK_D": d, **options},
+        "scores": {"BLOCK_T": rows, "BLOCK_D": 32, **options},
         "input": {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, **options},
-        "weights": {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_H": h, **options},
+        "weights": {"BLOCK_M": m, "BLOCK_K": r, "BLOCK_H": h, **options},
     }
+
+
+def row_schedule(hidden_size: int) -> dict[str, int]:
+    """Whole rows in registers: 16 elements of a tensor per thread of NVIDIA's, from 128 threads to
+    512."""
+    block = triton.next_power_of_2(hidden_size)
+    warps = min(16, max(4, block // 512))
+    return {"BLOCK_T": max(1, 2048 // block), "BLOCK_H": block, "num_warps": warps}
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:
