@@ -12,20 +12,22 @@ from test_triton_compile import (  # noqa: E402
     GFX942,
     MATRIX_UNITS,
     SHARED,
+    SM_80,
     SM_90,
     compiled_for,
     registers_and_stack,
 )
 
-from fastfusion.kernels.triton import backward  # noqa: E402
+from fastfusion.kernels.triton import backward, norm_backward, weight_gradients  # noqa: E402
+from fastfusion.ops.weights import layouts, max_scored  # noqa: E402
 
 pytestmark = test_triton_compile.pytestmark
-bf16, fp32 = torch.bfloat16, torch.float32
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def recorded(monkeypatch, target, function, *arguments, **keywords) -> dict[str, tuple]:
     """The launches of `function` on `target`: kernels and arguments, by name."""
-    found = {}
+    found: dict[str, tuple] = {}
 
     def record(kernel, programs, launch_arguments):
         name, i = kernel.fn.__name__, 2
@@ -33,26 +35,172 @@ def recorded(monkeypatch, target, function, *arguments, **keywords) -> dict[str,
             name, i = f"{kernel.fn.__name__}_{i}", i + 1
         found[name] = (kernel, launch_arguments)
 
-    monkeypatch.setattr(backward, "launch", record)
+    for module in (backward, norm_backward, weight_gradients):
+        monkeypatch.setattr(module, "launch", record)
     monkeypatch.setattr(backward, "target_of", lambda device: target)
     function(*arguments, **keywords)
     return found
 
 
-def plain(monkeypatch, target, dtype, hidden, sizes, rows, inputs=1, query=False, mask=False):
+def plain(
+    monkeypatch, target, dtype, hidden=768, sizes=(48,) * 8, rows=16384,
+    inputs=1, query=False, mask=False, score=True,
+):  # fmt: skip
+    """The launches for a call of the plain op that needs every gradient."""
     columns, adapters = sum(sizes), len(sizes)
 
     def empty(*shape):
         return torch.empty(*shape, dtype=dtype)
 
     x, p = empty(rows, hidden), torch.empty(rows, adapters)
+    used = columns + adapters
     weights = [
-        empty(columns, hidden), empty(columns), empty(columns + adapters, hidden),
-        empty(columns + adapters), empty(columns + adapters, hidden), torch.tensor(1.0),
+        empty(columns, hidden), empty(columns), empty(used, hidden) if score else None,
+        empty(used) if score else None, empty(used, hidden), torch.tensor(1.0),
     ]  # fmt: skip
-    dropout = empty(rows, adapters) if mask else None
     return recorded(
         monkeypatch, target, backward.adapter_fusion_backward, x, [x] * inputs,
-        x if query else None, *weights, dropout, p, sizes, [1] * adapters,
-        [True, query, True, True, True, True],
+        x if query else None, *weights, empty(rows, adapters) if mask else None,
+        p if score else torch.empty(0), list(sizes), [1] * adapters,
+        [True, query, True, score, True, score],
     )  # fmt: skip
+
+
+def grouped(monkeypatch, target, dtype, hidden, groups, scored, ids):
+    """The launches for a call of the op over groups of such sizes."""
+    sizes, counts = [size for group in groups for size in group], [len(group) for group in groups]
+    last = layouts(sizes, counts, scored)[-1]
+    x = torch.empty(len(ids), hidden, dtype=dtype)
+    w_in = torch.empty((last.score or last.down).stop, hidden, dtype=dtype)
+    w_out = torch.empty(last.out.stop, hidden, dtype=dtype)
+    p = torch.empty(len(ids), max_scored(counts, scored))
+    return recorded(
+        monkeypatch, target, backward.adapter_fusion_grouped_backward, x, x,
+        torch.tensor(ids, dtype=torch.int32), w_in, w_in[:, 0].contiguous(), w_out, p.to(dtype), p,
+        sizes, [1, 2] * (len(sizes) // 2) + [1] * (len(sizes) % 2), counts, scored, [True] * 3,
+    )  # fmt: skip
+
+
+def norm(monkeypatch, target, dtype, hidden, rows=1024):
+    """The two row-wise launches: LayerNorm, and its gradient with something to add."""
+    x, w = torch.empty(rows, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
+
+    def both():
+        norm_backward._row_wise(
+            norm_backward.layer_norm_kernel, x, weight_ptr=w, bias_ptr=w, EPS=1e-12
+        )
+        norm_backward._through_norm(x, x, w, 1e-12, add=x)
+
+    return recorded(monkeypatch, target, both)
+
+
+PRODUCTS = {
+    "adapter_columns_bwd_kernel", "adapter_scores_bwd_kernel", "adapter_input_bwd_kernel",
+    "adapter_weights_bwd_kernel",
+}  # fmt: skip
+
+
+def check(target, dtype, launches: dict, path) -> None:
+    """No stack, limits kept, the target's matrix instructions in every product."""
+    checked = set()
+    for kernel, arguments in launches.values():
+        name = kernel.fn.__name__
+        binary = compiled_for(target, kernel, dict(arguments))
+        if target is GFX942:
+            assert re.search(r"\.vgpr_spill_count:\s*0\b", binary.asm["amdgcn"]), name
+            assert binary.metadata.shared <= 64 * 1024, name
+            code, matrix = binary.asm["amdgcn"], "v_mfma"
+        else:
+            assert registers_and_stack(binary, path)[1] == 0, name
+            assert binary.metadata.shared <= SHARED[target], name
+            code, matrix = binary.asm["ptx"], MATRIX_UNITS[target]
+            assert "tf32" not in code, name
+        if name in PRODUCTS and dtype != fp32:
+            assert matrix in code, name
+        # offsets into tensors of 2**31 elements
+        assert not re.search(r"arith\.muli .*tensor<\d+x1xi32>", binary.asm["ttir"]), name
+        checked.add(name)
+    assert checked
+
+
+ALL_TARGETS = pytest.mark.parametrize(
+    "target", [*MATRIX_UNITS, GFX942], ids=["sm_80", "sm_90", "sm_100", "gfx942"]
+)
+
+
+# BERT-base with 8 adapters and with 3, with many rows and with few
+@pytest.mark.parametrize(
+    "dtype, adapters, rows",
+    [(bf16, 8, 16384), (bf16, 8, 1024), (bf16, 3, 16384), (fp32, 8, 16384)],
+    ids=["bf16", "bf16-few-rows", "bf16-3", "fp32"],
+)
+@ALL_TARGETS
+def test_plain(target, dtype, adapters, rows, monkeypatch, tmp_path):
+    launches = plain(monkeypatch, target, dtype, sizes=[48] * adapters, rows=rows)
+    assert PRODUCTS <= {kernel.fn.__name__ for kernel, _ in launches.values()}
+    check(target, dtype, launches, tmp_path / "kernel.cubin")
+
+
+@ALL_TARGETS
+def test_groups(target, monkeypatch, tmp_path):
+    """A fusion, a sum and a single adapter in the same launches."""
+    groups, scored = [[48] * 3, [48, 24], [48]], [1, 0, 0]
+    ids = [0, 1, 2, -1] * 1024
+    launches = grouped(monkeypatch, target, bf16, 768, groups, scored, ids)
+    check(target, bf16, launches, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize(
+    "target, call",
+    [
+        (SM_90, dict(dtype=fp16, inputs=8, query=True, mask=True)),
+        (SM_80, dict(dtype=bf16, sizes=[48] * 2, inputs=2)),
+        (SM_90, dict(dtype=bf16, score=False)),
+        (SM_90, dict(dtype=bf16, sizes=[8] * 64)),
+        (SM_80, dict(dtype=bf16, sizes=[8] * 64)),
+    ],
+    ids=["every-argument", "inputs", "no-scores", "64-adapters", "64-adapters-sm_80"],
+)
+def test_other_calls(target, call, monkeypatch, tmp_path):
+    check(target, call["dtype"], plain(monkeypatch, target, **call), tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize("hidden", [64, 768, 8192])
+@ALL_TARGETS
+def test_norms(target, hidden, monkeypatch, tmp_path):
+    launches = norm(monkeypatch, target, bf16, hidden)
+    assert len(launches) == 2
+    check(target, bf16, launches, tmp_path / "kernel.cubin")
+
+
+def test_wide_accesses(monkeypatch):
+    """The buffers between the launches and the factors of sums are moved many elements at once."""
+    for name, (kernel, arguments) in plain(monkeypatch, SM_90, bf16).items():
+        ptx = compiled_for(SM_90, kernel, dict(arguments)).asm["ptx"]
+        narrow = ptx.count("ld.global.b16") + ptx.count("st.global.b16")
+        # the biases, and the offset's gradient
+        assert narrow == 0 or name.startswith(("adapter_columns", "adapter_scores")), name
+        if name.startswith("adapter_columns"):
+            assert "st.global.b16" not in ptx
+        if name.startswith("adapter_scores"):
+            assert "ld.global.b16" not in ptx and ptx.count("st.global.b16") == 1
+        if name in PRODUCTS - {"adapter_scores_bwd_kernel"}:
+            assert "cp.async" in ptx, name
+
+
+def test_compiled_once_for_any_number_of_rows_and_any_groups(monkeypatch):
+    """A number that 16 divides is not special, and groups are no constants."""
+
+    def hashes(launches):
+        return {
+            name: compiled_for(SM_90, kernel, dict(arguments)).hash
+            for name, (kernel, arguments) in launches.items()
+        }
+
+    few, more = (plain(monkeypatch, SM_90, bf16, 64, [8] * 2, rows) for rows in (1024, 1001))
+    assert hashes(few) == hashes(more)
+    mixtures = [[0, 1, -1] * 40, [1] * 120]
+    one, other = (
+        grouped(monkeypatch, SM_90, bf16, 64, [[8, 8], [8]], [1, 0], ids) for ids in mixtures
+    )
+    assert hashes(one) == hashes(other)

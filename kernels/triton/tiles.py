@@ -265,7 +265,8 @@ def row_schedule(hidden_size: int) -> dict[str, int]:
     512."""
     block = triton.next_power_of_2(hidden_size)
     warps = min(16, max(4, block // 512))
-    return {"BLOCK_T": max(1, 2048 // block), "BLOCK_H": block, "num_warps": warps}
+    rows = max(1, 2048 // block)
+    return {"BLOCK_T": rows, "BLOCK_H": block, "num_warps": warps, "num_stages": 1}
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:

@@ -159,6 +159,7 @@ def _add_splits(parts: Tensor, out: Tensor) -> None:
         "SPLITS": len(parts),
         "BLOCK": 1024,
         "num_warps": 4,
+        "num_stages": 3,
     }
     launch(add_splits_kernel, triton.cdiv(out.numel(), 1024), arguments)
 
