@@ -150,6 +150,15 @@ def adapter_columns_bwd_kernel(
     if w_score_ptr is not None:
         # groups without attention have no score weights
         mask_m = offs_d < tl.where(score >= 0, D, 0)
+        # stored before the next product: registers hold two accumulators, not three
+        if query_ptr is not None:
+            t, _ = _two_products(
+                query_ptr, stride_qm, rows, mask_t,
+                w_score_ptr, score + offs_d, mask_m, t, None, None, None, None,
+                H, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            t = add_bias(t, b_score_ptr, score + offs_d, mask_m)
+            tl.store(t_ptr + own_tile, t.to(DTYPE), mask=mask_td)
     if NUM_INPUTS > 1:
         for i in range(first, first + count):
             pre, _ = _two_products(
@@ -171,13 +180,7 @@ def adapter_columns_bwd_kernel(
         )  # fmt: skip
     pre = add_bias(pre, b_down_ptr, down + offs_d, mask_d)
     tl.store(pre_ptr + own_tile, pre.to(DTYPE), mask=mask_td)
-    if w_score_ptr is not None:
-        if query_ptr is not None:
-            t, _ = _two_products(
-                query_ptr, stride_qm, rows, mask_t,
-                w_score_ptr, score + offs_d, mask_m, t, None, None, None, None,
-                H, BLOCK_K, PRECISION,
-            )  # fmt: skip
+    if (w_score_ptr is not None) and (query_ptr is None):
         t = add_bias(t, b_score_ptr, score + offs_d, mask_m)
         tl.store(t_ptr + own_tile, t.to(DTYPE), mask=mask_td)
 

@@ -112,7 +112,7 @@ def adapter_weights_bwd_kernel(
             tl.store(bias_ptr + row, bias.to(bias_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def add_splits_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = sum over the splits of parts[split, i], in their order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
