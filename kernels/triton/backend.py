@@ -4,9 +4,8 @@ from torch import Tensor
 
 from fastfusion.ops.weights import GroupedWeights, PackedWeights
 
-from .adapter_fusion import adapter_fusion, adapter_fusion_norm
+from .adapter_fusion import adapter_fusion, adapter_fusion_grouped, adapter_fusion_norm
 from .backward import adapter_fusion_backward, adapter_fusion_grouped_backward
-from .grouped import adapter_fusion_grouped
 from .norm_backward import adapter_fusion_norm_backward
 from .tiles import DTYPES, INTERPRETED
 

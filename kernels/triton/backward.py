@@ -47,13 +47,13 @@ import triton.language as tl
 from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import layouts
 
-from .grouped import starts as group_starts
+from .adapter_fusion import starts as group_starts
 from .groups import Start, rows_of, tables, wide_columns, widest
+from .schedules import schedule, target_of
 from .tiles import (
     activate,
     activate_backward,
     add_bias,
-    backward_schedule,
     contiguous,
     contiguous_rows,
     dot_one_hot,
@@ -61,7 +61,6 @@ from .tiles import (
     launch,
     padded,
     precision,
-    target_of,
 )
 from .weight_gradients import WeightRows, weight_gradient
 
@@ -416,7 +415,10 @@ def _mixture(
     num_rows, hidden_size = grad_out.shape
     dtype, device = grad_out.dtype, grad_out.device
     target = target_of(device)
-    blocks = backward_schedule(dtype, target, num_rows)
+    blocks = {
+        kernel: schedule(f"backward_{kernel}", dtype, target, num_rows)
+        for kernel in ("columns", "scores", "input", "weights")
+    }
     block_t, block_d = blocks["columns"]["BLOCK_T"], blocks["columns"]["BLOCK_D"]
     layout = tuple(tuple(part) for part in (starts, counts, sizes, activations))
     found = tables(*layout, block_d, device)

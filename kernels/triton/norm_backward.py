@@ -22,48 +22,8 @@ import triton
 import triton.language as tl
 
 from .backward import adapter_fusion_backward
-from .tiles import contiguous_rows, launch, row_schedule
-
-
-@triton.jit
-def _normalised(
-    value_ptr, stride_vm, rows, mask_t,
-    EPS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """The rows with mean 0 and variance 1, zeros behind H, and what they were multiplied with."""
-    offs_h = tl.arange(0, BLOCK_H)
-    mask = mask_t[:, None] & (offs_h < H)[None, :]
-    tile = value_ptr + rows[:, None] * stride_vm + offs_h[None, :]
-    value = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(value, axis=1) / H
-    centred = tl.where(mask, value - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / H + EPS)
-    return centred * rstd[:, None], rstd
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def layer_norm_kernel(
-    value_ptr,  # [num_rows, H]
-    weight_ptr,  # [H]
-    bias_ptr,  # [H]
-    out_ptr,  # [num_rows, H]
-    num_rows,
-    stride_vm,
-    EPS: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = rows < num_rows
-    offs_h = tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
-    normalised, _ = _normalised(value_ptr, stride_vm, rows, mask_t, EPS, H, BLOCK_H)
-    weight = tl.load(weight_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-    out = normalised * weight[None, :] + bias[None, :]
-    out_tile = out_ptr + rows[:, None] * H + offs_h[None, :]
-    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_h[None, :])
+from .norms import layer_norm
+from .tiles import contiguous_rows, launch
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -76,7 +36,7 @@ def layer_norm_bwd_kernel(
     num_rows,
     stride_gm,
     stride_vm,
-    EPS: tl.constexpr,
+    ln_eps,
     H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -87,7 +47,11 @@ def layer_norm_bwd_kernel(
     mask_h = offs_h < H
     mask = mask_t[:, None] & mask_h[None, :]
     own_rows = rows[:, None] * H + offs_h[None, :]
-    normalised, rstd = _normalised(value_ptr, stride_vm, rows, mask_t, EPS, H, BLOCK_H)
+    value_tile = value_ptr + rows[:, None] * stride_vm + offs_h[None, :]
+    value = tl.load(value_tile, mask=mask, other=0.0).to(tl.float32)
+    value = tl.where(mask_h[None, :], value - (tl.sum(value, axis=1) / H)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(value * value, axis=1) / H + ln_eps)
+    normalised = value * rstd[:, None]
     grad_tile = grad_ptr + rows[:, None] * stride_gm + offs_h[None, :]
     weight = tl.load(weight_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     grad = tl.load(grad_tile, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
@@ -99,33 +63,33 @@ def layer_norm_bwd_kernel(
     tl.store(out_ptr + own_rows, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _row_wise(kernel, value: Tensor, **arguments) -> Tensor:
-    """A launch over whole rows of `value`; what it writes."""
-    value = contiguous_rows(value)
-    num_rows, hidden_size = value.shape
-    blocks = row_schedule(hidden_size)
-    out = value.new_empty(num_rows, hidden_size)
-    arguments = arguments | {
-        "value_ptr": value,
-        "out_ptr": out,
-        "num_rows": num_rows,
-        "stride_vm": value.stride(0),
-        "H": hidden_size,
-        **blocks,
-    }
-    launch(kernel, triton.cdiv(num_rows, blocks["BLOCK_T"]), arguments)
-    return out
-
-
 def _through_norm(
     grad: Tensor, value: Tensor, weight: Tensor, eps: float, add: Tensor | None = None
 ) -> Tensor:
     """The gradient of a LayerNorm's input `value`, plus `add`."""
-    grad = contiguous_rows(grad)
-    return _row_wise(
-        layer_norm_bwd_kernel, value, grad_ptr=grad, weight_ptr=weight.contiguous(), add_ptr=add,
-        stride_gm=grad.stride(0), EPS=eps,
-    )  # fmt: skip
+    grad, value = contiguous_rows(grad), contiguous_rows(value)
+    num_rows, hidden_size = value.shape
+    block_h = triton.next_power_of_2(hidden_size)
+    block_t = max(1, 2048 // block_h)
+    out = value.new_empty(num_rows, hidden_size)
+    arguments = {
+        "grad_ptr": grad,
+        "value_ptr": value,
+        "weight_ptr": weight.contiguous(),
+        "add_ptr": add,
+        "out_ptr": out,
+        "num_rows": num_rows,
+        "stride_gm": grad.stride(0),
+        "stride_vm": value.stride(0),
+        "ln_eps": eps,
+        "H": hidden_size,
+        "BLOCK_T": block_t,
+        "BLOCK_H": block_h,
+        # 16 elements of a tensor per thread of NVIDIA's
+        "num_warps": min(16, max(4, block_h // 512)),
+    }
+    launch(layer_norm_bwd_kernel, triton.cdiv(num_rows, block_t), arguments)
+    return out
 
 
 def adapter_fusion_norm_backward(
@@ -154,8 +118,8 @@ def adapter_fusion_norm_backward(
     grad = _through_norm(grad_out, pre_norm, ln_weight, ln_eps)
     x = hidden
     if ln_before:
-        weight, bias = ln_weight.contiguous(), ln_bias.contiguous()
-        x = _row_wise(layer_norm_kernel, summed, weight_ptr=weight, bias_ptr=bias, EPS=ln_eps)
+        norm = (ln_weight.contiguous(), ln_bias.contiguous(), ln_eps)
+        x = layer_norm(summed.contiguous(), *norm, out=summed.new_empty(summed.shape))
     dx, _, *dweights, _ = adapter_fusion_backward(
         grad, [x], None, w_down, b_down, w_score, b_score, w_out, temperature, mask, p,
         sizes, activations, [needs_x, False, *needs_weights, False],

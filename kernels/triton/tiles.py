@@ -1,6 +1,4 @@
-"""What the kernels share: activations, roundings, products of tiles, block sizes and schedules."""
-
-import functools
+"""What the kernels share: activations, products of tiles, and how they are launched."""
 
 import torch
 from torch import Tensor
@@ -104,11 +102,18 @@ def activate_backward(dz, pre, code, CODES: tl.constexpr):
 def dot_rows(
     a, w_ptr, rows, mask_rows, cols, mask_cols, acc,
     H: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    SWAPPED: tl.constexpr = False,
 ):  # fmt: skip
-    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
+    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns; SWAPPED: the weight is
+    the first factor, and acc transposed."""
     tile = w_ptr + rows[:, None].to(tl.int64) * H + cols[None, :]
     w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
-    return tl.dot(a, tl.trans(w) if TRANSPOSED else w, acc, input_precision=PRECISION)
+    if TRANSPOSED:
+        w = tl.trans(w)
+    if SWAPPED:
+        return tl.dot(tl.trans(w), tl.trans(a), acc, input_precision=PRECISION)
+    else:  # what follows a return is compiled too
+        return tl.dot(a, w, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -120,7 +125,8 @@ def dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         low = (a - high.to(tl.float32)).to(tl.bfloat16)
         acc = tl.dot(high, one_hot, acc, input_precision=PRECISION)
         return tl.dot(low, one_hot, acc, input_precision=PRECISION)
-    return tl.dot(a, one_hot.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, one_hot.to(tl.float32), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -132,51 +138,11 @@ INTERPRETED = not isinstance(activate, triton.JITFunction)
 if INTERPRETED:
     interpreter.correct()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
-# scores) nothing spills on sm_90 and little on sm_80 (56 bytes; over groups 328), outside the loops
-# over H; with 256 both spill, sm_80 in such a loop (compiled with Triton 3.9).
-MAX_COLUMNS = 192 + 16
 
 
 def padded(size: int) -> int:
     """The block that holds `size` entries: a power of two that a matrix product can take."""
     return max(16, triton.next_power_of_2(size))
-
-
-def column_blocks(columns: int) -> tuple[int, int]:
-    """Two blocks that hold the columns (144: 128 and 16; 256 would nearly double the work), or one
-    and 0 where two are no narrower."""
-    whole = padded(columns)
-    first = whole // 2
-    if first < 16 or columns - first > first // 2:
-        return whole, 0
-    return first, padded(columns - first)
-
-
-def fits_one_launch(columns: int, adapters: int) -> bool:
-    """Whether one program holds the bottlenecks and scores of a row block in registers."""
-    return sum(column_blocks(columns)) + padded(adapters) <= MAX_COLUMNS
-
-
-# A sum over rows is cut into shares of about SPLIT_ROWS of a group's rows, but not into more than
-# MAX_SPLITS: each writes and reads the whole gradient in fp32. Small in the interpreter, so that
-# tests have several.
-SPLIT_ROWS = 64 if INTERPRETED else 512
-MAX_SPLITS = 8
-
-
-def row_splits(num_rows: int, num_groups: int) -> int:
-    """How many shares a sum over the rows of each group has, if these are of one size."""
-    return min(MAX_SPLITS, max(1, -(-num_rows // (SPLIT_ROWS * num_groups))))
-
-
-@functools.cache
-def target_of(device: torch.device) -> GPUTarget | None:
-    """What the kernel is compiled for on a device; None in the interpreter."""
-    if INTERPRETED:
-        return None
-    with torch.cuda.device(device):
-        return triton.runtime.driver.active.get_current_target()
 
 
 def precision(target: GPUTarget | None) -> str:
@@ -193,84 +159,6 @@ def launch(kernel: triton.JITFunction, programs: int, arguments: dict) -> None:
         tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(tensor):
             kernel[(programs,)](**arguments)
-
-
-def schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:
-    """Block sizes, warps and stages, from registers and spills of compiled code; never timed."""
-    if target is not None and dtype == torch.float32:
-        # plain FMAs: the operands too lie in registers, 64 rows spill kilobytes
-        rows, k, h, warps, stages = 16, 16, 32, 8, 2
-    elif target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10)):
-        rows, k, h, warps, stages = 64, 32, 64, 8, 3
-    elif target.backend == "cuda":
-        # mma.sync in a chain of products: each warp takes 16 rows of all columns, so four warps
-        rows, k, h, warps, stages = 64, 16, 64, 4, 3
-    else:
-        rows, k, h, warps, stages = 64, 32, 64, 4, 2  # 64 KiB of LDS
-    return {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
-
-
-def two_launch_schedule(
-    dtype: torch.dtype, target: GPUTarget | None, num_rows: int
-) -> dict[str, int]:
-    """The same for two launches: BLOCK_D columns in the first, BLOCK_H of H in the second."""
-    arch = target.arch // 10 if target is not None and target.backend == "cuda" else None
-    if target is None:
-        # small, so that tests have many tiles
-        rows, d, k, h, warps, stages = 32, 32, 32, 64, 4, 1
-    elif dtype == torch.float32:
-        rows, d, k, h, warps, stages = 32, 32, 16, 32, 4, 2
-    elif num_rows < 4096:
-        rows, d, k, h, warps, stages = 64, 64, 64, 64, 4, 3
-    elif arch == 9:
-        rows, d, k, h, warps, stages = 128, 128, 32, 128, 8, 4
-    elif arch == 10:
-        rows, d, k, h, warps, stages = 128, 64, 64, 128, 8, 3
-    else:
-        rows, d, k, h, warps, stages = 128, 64, 32, 128, 8, 3
-    if target is not None and target.backend != "cuda":
-        stages = 2  # 64 KiB of LDS
-    return {
-        "BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps,
-        "num_stages": stages,
-    }  # fmt: skip
-
-
-def backward_schedule(
-    dtype: torch.dtype, target: GPUTarget | None, num_rows: int
-) -> dict[str, dict[str, int]]:
-    """The same for the kernels of `backward.py`; row blocks are of one size in the first three."""
-    arch = target.arch // 10 if target is not None and target.backend == "cuda" else None
-    options = {"num_warps": 4, "num_stages": 3}
-    if target is None:
-        # small, so that tests have many tiles
-        rows, d, k, h, m, r = 32, 32, 32, 64, 32, 32
-    elif dtype == torch.float32:
-        rows, d, k, h, m, r, options["num_stages"] = 32, 32, 16, 32, 32, 16, 2
-    elif num_rows < 4096:
-        rows, d, k, h, m, r = 64, 64, 64, 64, 64, 64
-    else:
-        rows, d, k, h, m, r, options["num_warps"] = 128, 64, 64, 128, 128, 64, 8
-    if target is not None and target.backend != "cuda":
-        r, options["num_stages"] = min(r, 32), 2  # 64 KiB of LDS
-    elif target is not None and dtype != torch.float32 and arch not in (9, 10):
-        # a query of its own makes registers of mma.sync spill beyond this
-        d, k = (32, k) if num_rows < 4096 else (d, 32)
-    return {
-        "columns": {"BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, **options},
-        "scores": {"BLOCK_T": rows, "BLOCK_D": 32, **options},
-        "input": {"BLOCK_T": rows, "BLOCK_K": r, "BLOCK_H": h, **options},
-        "weights": {"BLOCK_M": m, "BLOCK_K": r, "BLOCK_H": h, **options},
-    }
-
-
-def row_schedule(hidden_size: int) -> dict[str, int]:
-    """Whole rows in registers: 16 elements of a tensor per thread of NVIDIA's, from 128 threads to
-    512."""
-    block = triton.next_power_of_2(hidden_size)
-    warps = min(16, max(4, block // 512))
-    rows = max(1, 2048 // block)
-    return {"BLOCK_T": rows, "BLOCK_H": block, "num_warps": warps, "num_stages": 1}
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 A launch takes a tile of weight rows, a tile of H and a share of the group's rows, which it reads
 where they lie, in their order. How many shares there are depends on the shape alone
-(`tiles.row_splits`), never on the GPU; where there are several, their sums lie in fp32 and a second
+(`row_splits`), never on the GPU; where there are several, their sums lie in fp32 and a second
 launch adds them in their order. No atomics: the same bits every time. fp32 accumulation.
 
 The gradient of a bias is the sum of a alone, taken by the programs of the first tile of H.
@@ -23,7 +23,18 @@ import triton
 import triton.language as tl
 
 from .groups import wide_columns
-from .tiles import launch, row_splits
+from .tiles import INTERPRETED, launch
+
+# A sum over rows is cut into shares of about SPLIT_ROWS of a group's rows, but not into more than
+# MAX_SPLITS: each writes and reads the whole gradient in fp32. Small in the interpreter, so that
+# tests have several.
+SPLIT_ROWS = 64 if INTERPRETED else 512
+MAX_SPLITS = 8
+
+
+def row_splits(num_rows: int, num_groups: int) -> int:
+    """How many shares a sum over the rows of each group has, if these are of one size."""
+    return min(MAX_SPLITS, max(1, -(-num_rows // (SPLIT_ROWS * num_groups))))
 
 
 @triton.jit
@@ -181,7 +192,7 @@ def weight_gradient(
         products: factors a [T, W] and b [inputs, T, H] with the rows that are sums of their
             products; each row of the weight is in one of them.
         order, offsets: of `routing_tables`, or None where all rows are in the only group.
-        blocks: of `backward_schedule`.
+        blocks: of the schedule "backward_weights".
     """
     num_rows, hidden_size = products[0][1].shape[1:]
     height = len(weight)
