@@ -28,7 +28,7 @@ test: venv
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_adapter_fusion.py tests/test_grouped.py \
-	  tests/test_golden.py
+	  tests/test_golden.py tests/test_triton_backward.py
 
 test-gpu: venv
 	$(BIN)/pytest -q -m gpu
