@@ -1,0 +1,208 @@
+"""Bugs planted into copies of the Triton kernels: the checks of the other tests must see each.
+
+TRITON_INTERPRET=1 pytest tests/test_planted_bugs.py
+
+A bug is one change of one file's text. What it replaces must be there exactly once, so that a bug
+whose place has moved fails here instead of being planted nowhere.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("of Triton's interpreter", allow_module_level=True)
+
+import test_grouped as grouped
+from test_adapter_fusion import CASES, Case, as_double, assert_as_good, literal, on, run, tensors_of
+from triton.runtime.interpreter import InterpreterBuilder
+
+from fastfusion.kernels.triton import tiles
+from fastfusion.ops import backends, stack
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+# --------------------------------------------------------------------------------------------------
+# the checks, each for one launch or, WIDE, for sizes beyond what that holds
+
+WIDE = replace(CASES["everything"], rows=37, sizes=(97, 40, 70), padding=0)
+
+
+def parity(case, dtype=torch.float32, given=None, learn=()):
+    """The op's results against the literal formulas, by the rule of `test_adapter_fusion`."""
+    given = given or tensors_of(case, dtype, "cpu")
+    truth = run(literal, case, as_double(given), learn)
+    plain = run(literal, case, given, learn)
+    assert_as_good(run(on("triton"), case, given, learn), plain, truth, dtype)
+
+
+def large_sums():
+    """Sums that are beyond fp16's range halfway."""
+    case = Case(rows=20, hidden=128, sizes=(24,), score=False)
+    given = tensors_of(case, torch.float16, "cpu")
+    given["w_down"] += 16
+    given["x0"][:, :64] += 160
+    given["x0"][:, 64:] -= 160
+    parity(case, torch.float16, given)
+
+
+def high_scores(case):
+    """Beyond what exp can take in fp32."""
+    given = tensors_of(replace(case, mask=False), torch.float32, "cpu")
+    given["w_score"] = given["w_score"] * 1e4
+    results = run(on("triton"), case, given, ())
+    assert results["p"].isfinite().all()
+    assert results["out"].isfinite().all()
+
+
+def groups(rows="shuffled", dtype=torch.float32):
+    weights = stack(grouped.packs(dtype))
+    numbers = grouped.ROWS[rows]
+    grouped.compare("triton", dtype, numbers, weights, *grouped.inputs(len(numbers), dtype))
+
+
+CHECKS = {
+    "forward": lambda: parity(CASES["everything"]),
+    "forward, wide": lambda: parity(WIDE),
+    "large sums": large_sums,
+    "high scores": lambda: high_scores(Case(sizes=(4, 4))),
+    "high scores, wide": lambda: high_scores(replace(WIDE, temperature=None)),
+    "groups": groups,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# the bugs
+
+
+class Bug(NamedTuple):
+    file: str
+    text: str
+    instead: str
+    check: str
+
+
+def both(name: str, text: str, instead: str, check: str = "forward") -> dict[str, Bug]:
+    """The same bug in one launch and in two."""
+    return {
+        name: Bug("adapter_fusion", text, instead, check),
+        f"{name}, wide": Bug("two_launches", text, instead, f"{check}, wide"),
+    }
+
+
+EXP = "e = tl.exp(s - tl.max(s, axis=1)[:, None])"
+ONE_HOT = "one_hot = adapter[:, None] == "
+DOT = "else w, acc, input_precision=PRECISION)"
+BUGS = {
+    "row mask dropped": Bug(
+        "adapter_fusion", "mask_t = offs_t < num_rows", "mask_t = offs_t >= 0", "forward"
+    ),
+    "row mask dropped, wide": Bug(
+        "groups", "mask_t = rows < num_rows", "mask_t = rows >= 0", "forward, wide"
+    ),
+    "row mask dropped, groups": Bug(
+        "grouped", "mask_t = offs_t < num_rows", "mask_t = offs_t >= 0", "groups"
+    ),
+    "column mask dropped": Bug(
+        "adapter_fusion", "mask_r = offs_r < D", "mask_r = offs_r >= 0", "forward"
+    ),
+    "column mask dropped, wide": Bug(
+        "two_launches", "mask_d = offs_d < D", "mask_d = offs_d >= 0", "forward, wide"
+    ),
+    **both("padded adapters score 0", 's, float("-inf"))', "s, 0.0)"),
+    "wrong adapter": Bug(
+        "adapter_fusion", ONE_HOT, "one_hot = adapter[:, None] + 1 == ", "forward"
+    ),
+    "wrong adapter, wide": Bug(
+        "two_launches", ONE_HOT, "one_hot = adapter[:, None] + 1 == ", "forward, wide"
+    ),
+    "wrong group": Bug(
+        "grouped", "group = tl.load(block)", "group = tl.minimum(tl.load(block), 2)", "groups"
+    ),
+    **both("no maximum in the softmax", EXP, "e = tl.exp(s)", "high scores"),
+    **both(
+        "the first score for the maximum",
+        EXP,
+        "e = tl.exp(s - tl.sum(tl.where(offs_n == 0, s, 0.0), axis=1)[:, None])",
+        "high scores",
+    ),
+    "sums in 16 bits": Bug("tiles", DOT, f"{DOT}.to(a.dtype).to(tl.float32)", "large sums"),
+    "tf32": Bug(
+        "tiles",
+        '== "highest":\n        return "ieee"',
+        '== "highest":\n        return "tf32"',
+        "forward",
+    ),
+    **both("dropout turned round", "s *= tl.load(mask_tile,", "s *= 1 - tl.load(mask_tile,"),
+    "dropout of another adapter": Bug(
+        "adapter_fusion",
+        "mask_tile = mask_ptr + offs_t[:, None] * N + offs_n",
+        "mask_tile = mask_ptr + offs_t[:, None] * N + (N - 1 - offs_n)",
+        "forward",
+    ),
+    "dropout of another adapter, wide": Bug(
+        "two_launches",
+        "mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n",
+        "mask_tile = mask_ptr + rows[:, None] * num_scored + (N - 1 - offs_n)",
+        "forward, wide",
+    ),
+    **both(
+        "temperature left out",
+        "s /= tl.load(temperature_ptr)",
+        "s /= 1 + 0 * tl.load(temperature_ptr)",
+    ),
+    **both("offset left out", "if offset_ptr is not None:", "if False:"),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# planting
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    """Make a copy of the kernels, with a bug or without, the "triton" backend of this test."""
+
+    def planted(bug: Bug | None) -> None:
+        package = tmp_path / "planted"
+        shutil.copytree(Path(tiles.__file__).parent, package, ignore=lambda *_: {"__pycache__"})
+        if bug is not None:
+            path = package / f"{bug.file}.py"
+            source = path.read_text()
+            found = source.count(bug.text)
+            if found != 1:
+                pytest.fail(f"{path.name} has {bug.text!r} {found} times: where is its place now?")
+            path.write_text(source.replace(bug.text, bug.instead))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(backends._MODULES, "triton", "planted.backend")
+        # the copy corrects the interpreter again
+        for name in ("create_dot", "cast_impl"):
+            monkeypatch.setattr(InterpreterBuilder, name, getattr(InterpreterBuilder, name))
+        backends.load.cache_clear()
+
+    yield planted
+    backends.load.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "planted"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_passes_without_a_bug(check, plant):
+    plant(None)
+    CHECKS[check]()
+    assert backends.load("triton").__name__ == "planted.backend"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a bug makes of numbers
+@pytest.mark.parametrize("name", BUGS)
+def test_is_caught(name, plant):
+    plant(BUGS[name])
+    with pytest.raises(AssertionError):
+        CHECKS[BUGS[name].check]()
