@@ -43,11 +43,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "launches")
 
 # several row blocks and tiles, the last of each in parts
 PLAIN = {
-    "everything": replace(CASES["everything"], rows=130, hidden=72, sizes=(30, 7, 33)),
-    "inputs": replace(CASES["inputs-query"], rows=130),
+    "everything": replace(CASES["everything"], rows=70, sizes=(20, 7, 13)),
+    "inputs": replace(CASES["inputs-query"], rows=70),
     "single": replace(CASES["single"], rows=130, hidden=72),
 }
-NORM = Case(rows=130, hidden=72, sizes=(30, 7, 33), mask=True, temperature=1.5)
+NORM = Case(rows=70, hidden=40, sizes=(20, 7, 13), mask=True, temperature=1.5)
 GROUPS = grouped.ROWS["shuffled"]
 
 
@@ -94,7 +94,7 @@ def test_any_order_of_programs_gives_the_same_bits(name):
     call = CALLS[name]()
     with instrumented() as launches:
         expected = call()
-    assert max(launch.programs for launch in launches) >= 3
+    assert max(launch.programs for launch in launches) >= 2
     for order in (reversed_order, shuffled(0)):
         with instrumented(order):
             results = call()
