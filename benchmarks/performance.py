@@ -31,9 +31,9 @@ GPUS = (
 HEAD = """# Performance on GPUs
 
 Written by `python benchmarks/performance.py`. **Nothing on this page is a measured time.** The
-first part is arithmetic, the second counts bytes in Triton's interpreter. One place of a layer, H = 768,
-N adapters of d = 48, T rows, bf16. fp8 is out of scope: no kernel reads or writes it, and no bound
-here assumes it.
+first part is arithmetic, the second counts bytes in Triton's interpreter. One place of a layer,
+H = 768, N adapters of d = 48, T rows, bf16. fp8 is out of scope: no kernel reads or writes it, and
+no bound here assumes it.
 """
 
 BOUNDS = """## Bounds

@@ -33,10 +33,14 @@ def copy(x, out, rows, columns=3):
 
 
 @triton.jit
-def add_kernel(x_ptr, out_ptr, AGAIN: tl.constexpr, SHIFT: tl.constexpr):
+def add_kernel(
+    x_ptr, out_ptr, AGAIN: tl.constexpr, SHIFT: tl.constexpr, BARRIER: tl.constexpr = True
+):
     """x plus one; then, reading that back, one more."""
     offs = tl.program_id(0) * 4 + tl.arange(0, 4)
     tl.store(out_ptr + offs, tl.load(x_ptr + offs + SHIFT) + 1)
+    if BARRIER:
+        tl.debug_barrier()
     if AGAIN:
         tl.store(out_ptr + offs, tl.load(out_ptr + offs) + 1)
 
@@ -116,6 +120,8 @@ def test_read_back(monkeypatch):
     monkeypatch.setitem(instrument.READ_BACK, "add_kernel", "for this test")
     with instrumented():
         add_kernel[(2,)](x_ptr=x, out_ptr=out, AGAIN=True, SHIFT=0)
+    with instrumented(), pytest.raises(Fault, match="loads what this launch stored in out_ptr"):
+        add_kernel[(2,)](x_ptr=x, out_ptr=out, AGAIN=True, SHIFT=0, BARRIER=False)
     # of other programs it is not safe
     with instrumented(), pytest.raises(Fault, match="program 1: loads what this launch stored in"):
         buffer = torch.zeros(9)

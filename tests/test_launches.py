@@ -182,11 +182,12 @@ def test_guards_around_the_op_with_norms(ln_before):
     norms = (given["ln_weight"], given["ln_bias"], 1e-5, ln_before)
     backend = backends.load("triton")
     with Guards() as guards:
-        _, p, summed, pre_norm = backend.adapter_fusion_norm(
+        out, p, summed, pre_norm = backend.adapter_fusion_norm(
             given["x0"], given["residual"], *norms, *weights, given["mask"], sizes, activations,
             True,
         )  # fmt: skip
     guards.check()
+    assert all(map(guards.holds, (out, p, summed, pre_norm)))
     hidden = None if ln_before else given["x0"]
     with Guards() as guards:
         backend.adapter_fusion_norm_backward(

@@ -20,11 +20,23 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("of Triton's interpreter", allow_module_level=True)
 
 import test_grouped as grouped
-from test_adapter_fusion import CASES, Case, as_double, assert_as_good, literal, on, run, tensors_of
+from test_adapter_fusion import (
+    CASES,
+    Case,
+    as_double,
+    assert_as_good,
+    literal,
+    literal_norm,
+    norm_tensors_of,
+    on,
+    run,
+    run_norm,
+    tensors_of,
+)
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastfusion.kernels.triton import tiles
-from fastfusion.ops import backends, stack
+from fastfusion.ops import adapter_fusion_norm, backends, stack
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -35,12 +47,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 WIDE = replace(CASES["everything"], rows=37, sizes=(97, 40, 70), padding=0)
 
 
-def parity(case, dtype=torch.float32, given=None, learn=()):
+def parity(case, dtype=torch.float32, given=None):
     """The op's results against the literal formulas, by the rule of `test_adapter_fusion`."""
     given = given or tensors_of(case, dtype, "cpu")
-    truth = run(literal, case, as_double(given), learn)
-    plain = run(literal, case, given, learn)
-    assert_as_good(run(on("triton"), case, given, learn), plain, truth, dtype)
+    truth = run(literal, case, as_double(given), ())
+    plain = run(literal, case, given, ())
+    assert_as_good(run(on("triton"), case, given, ()), plain, truth, dtype)
 
 
 def large_sums():
@@ -68,6 +80,19 @@ def groups(rows="shuffled", dtype=torch.float32):
     grouped.compare("triton", dtype, numbers, weights, *grouped.inputs(len(numbers), dtype))
 
 
+def norm():
+    """With a LayerNorm in front and behind."""
+    case = replace(CASES["plain"], mask=True)
+    given = norm_tensors_of(case, torch.float32, "cpu")
+
+    def op(*args, **kwargs):
+        return adapter_fusion_norm(*args, **kwargs, backend="triton")
+
+    truth = run_norm(literal_norm, case, as_double(given), True, [])
+    plain = run_norm(literal_norm, case, given, True, [])
+    assert_as_good(run_norm(op, case, given, True, []), plain, truth, torch.float32)
+
+
 CHECKS = {
     "forward": lambda: parity(CASES["everything"]),
     "forward, wide": lambda: parity(WIDE),
@@ -75,6 +100,7 @@ CHECKS = {
     "high scores": lambda: high_scores(Case(sizes=(4, 4))),
     "high scores, wide": lambda: high_scores(replace(WIDE, temperature=None)),
     "groups": groups,
+    "norm": norm,
 }
 
 
@@ -92,73 +118,63 @@ class Bug(NamedTuple):
 def both(name: str, text: str, instead: str, check: str = "forward") -> dict[str, Bug]:
     """The same bug in one launch and in two."""
     return {
-        name: Bug("adapter_fusion", text, instead, check),
+        name: Bug("one_launch", text, instead, check),
         f"{name}, wide": Bug("two_launches", text, instead, f"{check}, wide"),
     }
 
 
+ROW_MASK = "mask_t = rows < num_rows"
+GROUP_MASK = "mask_t = offs_t < tl.load(blocks_ptr + pid * 3 + 2)"
 EXP = "e = tl.exp(s - tl.max(s, axis=1)[:, None])"
-ONE_HOT = "one_hot = adapter[:, None] == "
-DOT = "else w, acc, input_precision=PRECISION)"
+FIRST_SCORE = "tl.sum(tl.where(offs_n == 0, s, 0.0), axis=1)"
+DOT = "tl.dot(a, w, acc, input_precision=PRECISION)"
+IEEE = '== "highest":\n        return "ieee"'
+MASK = "mask_tile = mask_ptr + rows[:, None] * num_scored + "
+TEMPERATURE = "s /= tl.load(temperature_ptr)"
 BUGS = {
-    "row mask dropped": Bug(
-        "adapter_fusion", "mask_t = offs_t < num_rows", "mask_t = offs_t >= 0", "forward"
-    ),
-    "row mask dropped, wide": Bug(
-        "groups", "mask_t = rows < num_rows", "mask_t = rows >= 0", "forward, wide"
-    ),
-    "row mask dropped, groups": Bug(
-        "grouped", "mask_t = offs_t < num_rows", "mask_t = offs_t >= 0", "groups"
-    ),
+    "row mask dropped": Bug("groups", ROW_MASK, "mask_t = rows >= 0", "forward"),
+    "row mask dropped, wide": Bug("groups", ROW_MASK, "mask_t = rows >= 0", "forward, wide"),
+    "row mask dropped, groups": Bug("groups", GROUP_MASK, "mask_t = offs_t >= 0", "groups"),
     "column mask dropped": Bug(
-        "adapter_fusion", "mask_r = offs_r < D", "mask_r = offs_r >= 0", "forward"
+        "projections", "mask_r = offs_r < D", "mask_r = offs_r >= 0", "forward"
     ),
     "column mask dropped, wide": Bug(
-        "two_launches", "mask_d = offs_d < D", "mask_d = offs_d >= 0", "forward, wide"
+        "projections", "mask_d = offs_d < D", "mask_d = offs_d >= 0", "forward, wide"
     ),
     **both("padded adapters score 0", 's, float("-inf"))', "s, 0.0)"),
     "wrong adapter": Bug(
-        "adapter_fusion", ONE_HOT, "one_hot = adapter[:, None] + 1 == ", "forward"
+        "one_launch",
+        "mask=mask_d, other=-1)[:, None]",
+        "mask=mask_d, other=-1)[:, None] + 1",
+        "forward",
     ),
     "wrong adapter, wide": Bug(
-        "two_launches", ONE_HOT, "one_hot = adapter[:, None] + 1 == ", "forward, wide"
+        "two_launches",
+        "one_hot = adapter[:, None]",
+        "one_hot = adapter[:, None] + 1",
+        "forward, wide",
     ),
     "wrong group": Bug(
-        "grouped", "group = tl.load(block)", "group = tl.minimum(tl.load(block), 2)", "groups"
+        "groups",
+        "group = tl.load(blocks_ptr + pid * 3)",
+        "group = tl.minimum(tl.load(blocks_ptr + pid * 3), 2)",
+        "groups",
     ),
     **both("no maximum in the softmax", EXP, "e = tl.exp(s)", "high scores"),
     **both(
         "the first score for the maximum",
         EXP,
-        "e = tl.exp(s - tl.sum(tl.where(offs_n == 0, s, 0.0), axis=1)[:, None])",
+        f"e = tl.exp(s - {FIRST_SCORE}[:, None])",
         "high scores",
     ),
     "sums in 16 bits": Bug("tiles", DOT, f"{DOT}.to(a.dtype).to(tl.float32)", "large sums"),
-    "tf32": Bug(
-        "tiles",
-        '== "highest":\n        return "ieee"',
-        '== "highest":\n        return "tf32"',
-        "forward",
-    ),
+    "tf32": Bug("tiles", IEEE, IEEE.replace("ieee", "tf32"), "forward"),
     **both("dropout turned round", "s *= tl.load(mask_tile,", "s *= 1 - tl.load(mask_tile,"),
-    "dropout of another adapter": Bug(
-        "adapter_fusion",
-        "mask_tile = mask_ptr + offs_t[:, None] * N + offs_n",
-        "mask_tile = mask_ptr + offs_t[:, None] * N + (N - 1 - offs_n)",
-        "forward",
-    ),
-    "dropout of another adapter, wide": Bug(
-        "two_launches",
-        "mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n",
-        "mask_tile = mask_ptr + rows[:, None] * num_scored + (N - 1 - offs_n)",
-        "forward, wide",
-    ),
-    **both(
-        "temperature left out",
-        "s /= tl.load(temperature_ptr)",
-        "s /= 1 + 0 * tl.load(temperature_ptr)",
-    ),
+    **both("dropout of another adapter", f"{MASK}offs_n", f"{MASK}((offs_n + 1) % num_scored)"),
+    **both("temperature left out", TEMPERATURE, TEMPERATURE.replace("/=", "+= 0 *")),
     **both("offset left out", "if offset_ptr is not None:", "if False:"),
+    "barrier left out": Bug("one_launch", "tl.debug_barrier()", "pass", "norm"),
+    "mean left out": Bug("projections", "squares / H - mean * mean", "squares / H", "norm"),
 }
 
 
