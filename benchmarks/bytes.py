@@ -2,10 +2,11 @@
 
     TRITON_INTERPRET=1 python benchmarks/bytes.py
 
-H = 768, d = 48, relu, bf16. The kernels run in Triton's interpreter with the tiles of an H100
-(sm_90) and every access is counted (`instrument.py`): `loaded` and `stored` over all programs,
-which is what the L2 cache sees; `loaded_once` and `stored_once` with each address counted once in a
-launch, which is what device memory sees where the programs of a row block run together.
+H = 768, d = 48, relu, bf16. A few row blocks run in Triton's interpreter, with the tiles that an
+H100 (sm_90) takes for T = 16384, and every access is counted (`instrument.py`): `loaded` and
+`stored` over all programs, which is what the L2 cache sees; `loaded_once` and `stored_once` with
+each address counted once in a launch, which is what device memory sees where the programs of a row
+block run together.
 
 The literal path is the reference, run on the meta device: for each ATen call that is not a view the
 bytes of its inputs and outputs, each of them once.
@@ -34,34 +35,40 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from instrument import Launch, instrumented
 from triton.backends.compiler import GPUTarget
 
+from fastfusion.kernels.triton import schedules
 from fastfusion.ops import (
     GroupedWeights,
     PackedWeights,
     adapter_fusion,
     adapter_fusion_grouped,
     adapter_fusion_norm,
-    backends,
     stack,
 )
 
 SM_90 = GPUTarget("cuda", 90, 32)
+SCHEDULE_ROWS = 16384
+"""What the tiles are for; the calls have fewer rows, a few row blocks."""
 DTYPE = torch.bfloat16
 
 
 @contextlib.contextmanager
-def tiles_of(target: GPUTarget) -> Iterator[None]:
-    """The kernels' launchers take their schedules as on such a GPU."""
-    backends.load("triton")
+def tiles_of(target: GPUTarget, rows: int) -> Iterator[None]:
+    """The kernels' launchers take their schedules as for so many rows on such a GPU."""
+    schedule = schedules.schedule
+
+    def on_target(name: str, dtype: torch.dtype, *_) -> dict[str, int]:
+        return schedule(name, dtype, target, rows)
+
     with contextlib.ExitStack() as undone:
         for name, module in list(sys.modules.items()):
-            if name.startswith("fastfusion.kernels.triton.") and hasattr(module, "target_of"):
-                undone.enter_context(mock.patch.object(module, "target_of", lambda _: target))
+            if name.startswith("fastfusion.kernels.triton.") and hasattr(module, "schedule"):
+                undone.enter_context(mock.patch.object(module, "schedule", on_target))
         yield
 
 
 def counted(call: Callable) -> list[Launch]:
-    """The launches of a call, with the tiles of `SM_90`."""
-    with tiles_of(SM_90), instrumented() as launches:
+    """The launches of a call, with the tiles for `SCHEDULE_ROWS` rows on `SM_90`."""
+    with tiles_of(SM_90, SCHEDULE_ROWS), instrumented() as launches:
         call()
     return launches
 
@@ -199,7 +206,8 @@ def main() -> None:
     for adapters in place.ADAPTERS:
         for name, moved in zip(("forward", "backward"), literal_bytes(rows, adapters), strict=True):
             literal[f"{name} N={adapters}"] = moved
-    record = {**measure.environment(), "rows": rows, "launches": launches, "literal": literal}
+    record = {**measure.environment(), "rows": rows, "schedule_rows": SCHEDULE_ROWS}
+    record |= {"launches": launches, "literal": literal}
     measure.append(arguments.json, record)
 
 

@@ -51,13 +51,15 @@ training step, does not depend on T and is not in here.
 
 COUNTED = """## Bytes that the launches move
 
-Counted in the interpreter with the tiles of an H100 at T = {rows}, by
+Counted in the interpreter over {rows} rows, with the tiles that an H100 takes for T =
+{schedule_rows}, by
 
     TRITON_INTERPRET=1 python benchmarks/bytes.py
 
 *Once* counts each address once in a launch: what crosses device memory where the programs of a row
-block run together. *All* counts every access of every program, which is what L2 sees; at this T
-there are few row blocks, and each of them reads all weights. The literal path is the sum of the
+block run together. *All* counts every access of every program, which is what L2 sees. What belongs
+to rows grows with T; weights are once the same at any T, and among all accesses they are read for
+each row block, so that these grow with T too. The literal path is the sum of the
 inputs and outputs of every ATen call of the reference that is not a view, without any reuse between
 calls. It has a backward of all parameters, ours of the packed weights.
 """
@@ -123,6 +125,8 @@ def everything(launches: list[dict]) -> int:
 def compared(record: dict) -> list[str]:
     cells = []
     for name, launches in record["launches"].items():
+        if not launches:
+            continue  # not Triton's yet
         moved, literal = once(launches), record["literal"].get(name)
         against = ["", ""]
         if literal is not None:
@@ -154,7 +158,7 @@ def by_tensor(record: dict, name: str) -> list[str]:
 
 def main() -> None:
     record = json.loads((RESULTS / "bytes.jsonl").read_text().splitlines()[-1])
-    lines = [*bounds(), COUNTED.format(rows=record["rows"]), *compared(record)]
+    lines = [*bounds(), COUNTED.format(**record), *compared(record)]
     for name in record["launches"]:
         if name.endswith("N=8"):
             lines += by_tensor(record, name)
