@@ -84,12 +84,6 @@ def test_input_is_loaded_once_where_a_row_block_fits_one_launch():
         assert moved.loaded == ROW_TENSOR
 
 
-def test_input_of_eight_adapters_is_loaded_three_times():
-    """Their 384 columns are three tiles of 128."""
-    ((_, x),) = of("forward", 8, "x_ptr")
-    assert x.loaded == 3 * ROW_TENSOR
-
-
 @pytest.mark.parametrize("name, adapters", [case for case in FORWARDS if case[0] != "grouped"])
 def test_weights_are_loaded_once_for_each_row_block(name, adapters):
     columns, both = adapters * SIZE * HIDDEN * 2, (adapters * SIZE + adapters) * HIDDEN * 2
