@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import test_grouped as grouped
 from test_adapter_fusion import (
     CASES,
+    WEIGHTS,
     Case,
     as_double,
     assert_as_good,
@@ -47,12 +48,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 WIDE = replace(CASES["everything"], rows=37, sizes=(97, 40, 70), padding=0)
 
 
-def parity(case, dtype=torch.float32, given=None):
+def parity(case, dtype=torch.float32, given=None, learn=()):
     """The op's results against the literal formulas, by the rule of `test_adapter_fusion`."""
     given = given or tensors_of(case, dtype, "cpu")
-    truth = run(literal, case, as_double(given), ())
-    plain = run(literal, case, given, ())
-    assert_as_good(run(on("triton"), case, given, ()), plain, truth, dtype)
+    truth = run(literal, case, as_double(given), learn)
+    plain = run(literal, case, given, learn)
+    assert_as_good(run(on("triton"), case, given, learn), plain, truth, dtype)
 
 
 def large_sums():
@@ -85,12 +86,14 @@ def norm():
     case = replace(CASES["plain"], mask=True)
     given = norm_tensors_of(case, torch.float32, "cpu")
 
+    learn = ["x0", "residual", *WEIGHTS]
+
     def op(*args, **kwargs):
         return adapter_fusion_norm(*args, **kwargs, backend="triton")
 
-    truth = run_norm(literal_norm, case, as_double(given), True, [])
-    plain = run_norm(literal_norm, case, given, True, [])
-    assert_as_good(run_norm(op, case, given, True, []), plain, truth, torch.float32)
+    truth = run_norm(literal_norm, case, as_double(given), True, learn)
+    plain = run_norm(literal_norm, case, given, True, learn)
+    assert_as_good(run_norm(op, case, given, True, learn), plain, truth, torch.float32)
 
 
 CHECKS = {
@@ -101,6 +104,9 @@ CHECKS = {
     "high scores, wide": lambda: high_scores(replace(WIDE, temperature=None)),
     "groups": groups,
     "norm": norm,
+    "backward": lambda: parity(CASES["everything"], learn=None),
+    "backward, query is x": lambda: parity(CASES["temperature"], learn=None),
+    "backward, long": lambda: parity(replace(CASES["mask"], rows=300), learn=None),
 }
 
 
@@ -175,6 +181,54 @@ BUGS = {
     **both("offset left out", "if offset_ptr is not None:", "if False:"),
     "barrier left out": Bug("one_launch", "tl.debug_barrier()", "pass", "norm"),
     "mean left out": Bug("projections", "squares / H - mean * mean", "squares / H", "norm"),
+}
+
+
+def without(text: str, instead: str, check: str = "backward", file: str = "backward") -> Bug:
+    """A term of the gradients left out."""
+    return Bug(file, text, instead, check)
+
+
+ACT = "activate_backward(dz, pre, code, CODES)"
+BUGS |= {
+    "dp without g . v": without("starts_here, dp,", "starts_here & (offs_a < 0), dp,"),
+    "dp without dw . z": without("* dw, one_hot", "* dw * 0.0, one_hot"),
+    "ds without the mean": without("p * (dp - tl.sum(p * dp", "p * (dp - tl.sum(0 * dp"),
+    "ds without p": without("p * (dp - tl.sum(p * dp", "(dp - tl.sum(p * dp"),
+    "ds without the temperature": without("if temperature_ptr is not None", "if False"),
+    "ds without dropout": without("if mask_ptr is not None", "if False"),
+    "dz without p dw": without("p_columns * dz + ds_columns * t", "ds_columns * t"),
+    "dz without ds t": without("p_columns * dz + ds_columns * t", "p_columns * dz"),
+    "dz without p": without("p_columns * dz + ds_columns * t", "dz + ds_columns * t"),
+    "dM without z": without(
+        "(ds_columns * w).to", "tl.where(mask_d[None, :], ds_columns, ds_columns * w).to"
+    ),
+    "dC left out": without(
+        "(ds_columns * w).to", "tl.where(mask_d[None, :], ds_columns * w, 0.0).to"
+    ),
+    "dV without p": without("w = p_columns * w", "w = tl.where(mask_d[None, :], w, p_columns * w)"),
+    "dv left out": without(
+        "w = p_columns * w", "w = tl.where(mask_d[None, :], p_columns * w, 0.0)"
+    ),
+    "dpre without act'": without(ACT, "dz"),
+    "dx without D": without("if dpre_ptr is not None:", "if False:"),
+    "dquery left out": without("if dy_ptr is not None:", "if False:"),
+    "dx without M": without("if dy_ptr is not None:", "if False:", "backward, query is x"),
+    "doffset left out": without("tl.sum(ds, axis=1)", "tl.sum(0 * ds, axis=1)"),
+    "db without the last rows": without(
+        "bias += tl.sum(a", "bias = tl.sum(a", "backward, long", "weight_gradients"
+    ),
+    "a split left out": without(
+        "range(SPLITS)", "range(1, SPLITS)", "backward, long", "weight_gradients"
+    ),
+    "norm without the mean": without("- mean[:, None] -", "-", "norm", "norm_backward"),
+    "norm without the slope": without("- normalised * slope[:, None]", "", "norm", "norm_backward"),
+    "norm without what is added": without(
+        "if add_ptr is not None:", "if False:", "norm", "norm_backward"
+    ),
+    "row mask dropped, backward": without(
+        "mask = offs < last", "mask = offs >= 0", "backward, long", "weight_gradients"
+    ),
 }
 
 
