@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import bench_adapter_fusion as place
 import measure
+import place
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +49,7 @@ SM_90 = GPUTarget("cuda", 90, 32)
 SCHEDULE_ROWS = 16384
 """What the tiles are for; the calls have fewer rows, a few row blocks."""
 DTYPE = torch.bfloat16
+ADAPTERS = (3, 8, 16)
 
 
 @contextlib.contextmanager
@@ -165,7 +166,7 @@ class AtenBytes(TorchDispatchMode):
 
 def literal_bytes(rows: int, adapters: int) -> tuple[int, int]:
     """Of the literal path: forward, and backward of the input and of all parameters."""
-    bottlenecks, attention = place.to_dtype(place.parameters(adapters), DTYPE)
+    bottlenecks, attention = place.to(place.parameters(adapters), DTYPE)
 
     def leaf(value):
         return value.to("meta").requires_grad_() if isinstance(value, Tensor) else value
@@ -174,14 +175,14 @@ def literal_bytes(rows: int, adapters: int) -> tuple[int, int]:
     attention = type(attention)(*map(leaf, attention))
     x = torch.empty(1, rows, place.HIDDEN, dtype=DTYPE, device="meta", requires_grad=True)
     with AtenBytes() as forward_bytes:
-        out = place.literal(bottlenecks, attention)(x)
+        out = place.literal((bottlenecks, attention))(x)
     with AtenBytes() as backward_bytes:
         out.backward(torch.empty_like(out))
     return forward_bytes.total, backward_bytes.total
 
 
 CASES = [
-    *((name, adapters) for name in ("forward", "backward") for adapters in place.ADAPTERS),
+    *((name, adapters) for name in ("forward", "backward") for adapters in ADAPTERS),
     ("norm", 8),
     ("grouped", 8),
 ]
@@ -203,7 +204,7 @@ def main() -> None:
     for name, adapters in CASES:
         launches[f"{name} N={adapters}"] = [as_record(found) for found in OPS[name](rows, adapters)]
         print(f"{name} N={adapters}: {len(launches[f'{name} N={adapters}'])} launches", flush=True)
-    for adapters in place.ADAPTERS:
+    for adapters in ADAPTERS:
         for name, moved in zip(("forward", "backward"), literal_bytes(rows, adapters), strict=True):
             literal[f"{name} N={adapters}"] = moved
     record = {**measure.environment(), "rows": rows, "schedule_rows": SCHEDULE_ROWS}

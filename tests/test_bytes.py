@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("of Triton's interpreter", allow_module_level=True)
 
 import bytes as counted
-from bench_adapter_fusion import ADAPTERS, HIDDEN, SIZE
+from bytes import ADAPTERS
+from place import HIDDEN, SIZE
 
 ROWS = 256
 ROW_TENSOR = ROWS * HIDDEN * 2
