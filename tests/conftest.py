@@ -38,6 +38,6 @@ def set_threads():
 def launches(request, monkeypatch):
     """The triton backend as it is, and with every size in two launches, as beyond its border."""
     if request.param == "two launches":
-        tiles = pytest.importorskip("fastfusion.kernels.triton.tiles")
-        monkeypatch.setattr(tiles, "MAX_COLUMNS", 0)
+        launcher = pytest.importorskip("fastfusion.kernels.triton.adapter_fusion")
+        monkeypatch.setattr(launcher, "fits_one_launch", lambda *sizes: False)
     return request.param

@@ -222,50 +222,6 @@ def test_rows_do_not_touch_each_other(backend):
     assert torch.equal(out[others], expected[others])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="writes outside and orders of the triton backend")
-@pytest.mark.parametrize("rows", ["in-order", "shuffled", "one", "all-base"])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-def test_triton_writes_each_row_once_in_any_order(rows, with_residual, launches):
-    """Blocks from the last to the first, unused entries too; what is around the outputs stays."""
-    from fastfusion.kernels.triton import grouped, two_launches
-
-    groups, guard = ROWS[rows], 70  # more rows than a block has
-    x, residual, _, mask = inputs(len(groups), torch.float32)
-    residual = residual if with_residual else None
-    weights = stack(packs(torch.float32))
-    expected = adapter_fusion_grouped(
-        x, residual, ids(groups), weights, mask=mask, backend="triton"
-    )
-    results = [torch.full([len(x) + 2 * guard, t.shape[1]], 7.0) for t in expected]
-    if launches == "one launch":
-        arguments = grouped.launch_arguments(
-            x, residual, ids(groups), *weights[:3], mask, *weights[3:], None
-        )
-        blocks = arguments["blocks_ptr"] = arguments["blocks_ptr"].flip(0)
-        arguments["out_ptr"], arguments["p_ptr"] = (t[guard:-guard] for t in results)
-        grouped._adapter_fusion_grouped_fwd_kernel[(len(blocks),)](**arguments)
-    else:
-        w_in, b_in, w_out, sizes, activations, *layout = weights
-        found = grouped.starts(sizes, *layout)
-        first, second, row_blocks = two_launches.launch_arguments(
-            x=[x], query=None, residual=residual, groups=ids(groups), w_down=w_in, b_down=b_in,
-            w_score=w_in, b_score=b_in, w_out=w_out, temperature=None, mask=mask,
-            score_offset=None, starts=found, counts=layout[0], sizes=sizes,
-            activations=activations, target=None,
-        )  # fmt: skip
-        first["blocks_ptr"] = second["blocks_ptr"] = first["blocks_ptr"].flip(0)
-        for name in ("z_ptr", "parts_ptr"):
-            inner = torch.full([first[name].numel() + 2 * guard], 7.0)
-            first[name] = second[name] = inner[guard:-guard].view_as(first[name])
-            results.append(inner)
-        second["out_ptr"], second["p_ptr"] = (t[guard:-guard] for t in results[:2])
-        two_launches.launch(first, second, row_blocks)
-    for result, truth in zip(results, expected, strict=False):
-        assert torch.equal(result[guard:-guard], truth)
-    for result in results:
-        assert (result[:guard] == 7).all() and (result[-guard:] == 7).all()
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="the triton backend's limits")
 def test_triton_refusals():
     x, residual, _, _ = inputs(2, torch.float32)

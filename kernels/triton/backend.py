@@ -9,8 +9,7 @@ from fastfusion.ops.torch_backend import (
 )
 from fastfusion.ops.weights import GroupedWeights, PackedWeights
 
-from .adapter_fusion import adapter_fusion, adapter_fusion_norm
-from .grouped import adapter_fusion_grouped
+from .adapter_fusion import adapter_fusion, adapter_fusion_grouped, adapter_fusion_norm
 from .tiles import DTYPES, INTERPRETED
 
 __all__ = [

@@ -1,6 +1,4 @@
-"""What the kernels share: activations, roundings, products of tiles, block sizes and schedules."""
-
-import functools
+"""What the kernels share: activations, products of tiles, and how they are launched."""
 
 import torch
 from torch import Tensor
@@ -67,11 +65,18 @@ def activate(pre, code, CODES: tl.constexpr):
 def dot_rows(
     a, w_ptr, rows, mask_rows, cols, mask_cols, acc,
     H: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    SWAPPED: tl.constexpr = False,
 ):  # fmt: skip
-    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns."""
+    """acc + a @ w[rows, cols], or its transpose, for a weight of H columns; SWAPPED: the weight is
+    the first factor, and acc transposed."""
     tile = w_ptr + rows[:, None].to(tl.int64) * H + cols[None, :]
     w = tl.load(tile, mask=mask_rows[:, None] & mask_cols[None, :], other=0.0)
-    return tl.dot(a, tl.trans(w) if TRANSPOSED else w, acc, input_precision=PRECISION)
+    if TRANSPOSED:
+        w = tl.trans(w)
+    if SWAPPED:
+        return tl.dot(tl.trans(w), tl.trans(a), acc, input_precision=PRECISION)
+    else:  # what follows a return is compiled too
+        return tl.dot(a, w, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -83,7 +88,8 @@ def dot_one_hot(a, one_hot, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         low = (a - high.to(tl.float32)).to(tl.bfloat16)
         acc = tl.dot(high, one_hot, acc, input_precision=PRECISION)
         return tl.dot(low, one_hot, acc, input_precision=PRECISION)
-    return tl.dot(a, one_hot.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, one_hot.to(tl.float32), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -95,39 +101,11 @@ INTERPRETED = not isinstance(activate, triton.JITFunction)
 if INTERPRETED:
     interpreter.correct()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The accumulators of a row block live in registers. With 192 bottleneck columns (and 16 for the
-# scores) nothing spills on sm_90 and little on sm_80 (56 bytes; over groups 328), outside the loops
-# over H; with 256 both spill, sm_80 in such a loop (compiled with Triton 3.9).
-MAX_COLUMNS = 192 + 16
 
 
 def padded(size: int) -> int:
     """The block that holds `size` entries: a power of two that a matrix product can take."""
     return max(16, triton.next_power_of_2(size))
-
-
-def column_blocks(columns: int) -> tuple[int, int]:
-    """Two blocks that hold the columns (144: 128 and 16; 256 would nearly double the work), or one
-    and 0 where two are no narrower."""
-    whole = padded(columns)
-    first = whole // 2
-    if first < 16 or columns - first > first // 2:
-        return whole, 0
-    return first, padded(columns - first)
-
-
-def fits_one_launch(columns: int, adapters: int) -> bool:
-    """Whether one program holds the bottlenecks and scores of a row block in registers."""
-    return sum(column_blocks(columns)) + padded(adapters) <= MAX_COLUMNS
-
-
-@functools.cache
-def target_of(device: torch.device) -> GPUTarget | None:
-    """What the kernel is compiled for on a device; None in the interpreter."""
-    if INTERPRETED:
-        return None
-    with torch.cuda.device(device):
-        return triton.runtime.driver.active.get_current_target()
 
 
 def precision(target: GPUTarget | None) -> str:
@@ -144,47 +122,6 @@ def launch(kernel: triton.JITFunction, programs: int, arguments: dict) -> None:
         tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(tensor):
             kernel[(programs,)](**arguments)
-
-
-def schedule(dtype: torch.dtype, target: GPUTarget | None) -> dict[str, int]:
-    """Block sizes, warps and stages, from registers and spills of compiled code; never timed."""
-    if target is not None and dtype == torch.float32:
-        # plain FMAs: the operands too lie in registers, 64 rows spill kilobytes
-        rows, k, h, warps, stages = 16, 16, 32, 8, 2
-    elif target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10)):
-        rows, k, h, warps, stages = 64, 32, 64, 8, 3
-    elif target.backend == "cuda":
-        # mma.sync in a chain of products: each warp takes 16 rows of all columns, so four warps
-        rows, k, h, warps, stages = 64, 16, 64, 4, 3
-    else:
-        rows, k, h, warps, stages = 64, 32, 64, 4, 2  # 64 KiB of LDS
-    return {"BLOCK_T": rows, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
-
-
-def two_launch_schedule(
-    dtype: torch.dtype, target: GPUTarget | None, num_rows: int
-) -> dict[str, int]:
-    """The same for two launches: BLOCK_D columns in the first, BLOCK_H of H in the second."""
-    arch = target.arch // 10 if target is not None and target.backend == "cuda" else None
-    if target is None:
-        # small, so that tests have many tiles
-        rows, d, k, h, warps, stages = 32, 32, 32, 64, 4, 1
-    elif dtype == torch.float32:
-        rows, d, k, h, warps, stages = 32, 32, 16, 32, 4, 2
-    elif num_rows < 4096:
-        rows, d, k, h, warps, stages = 64, 64, 64, 64, 4, 3
-    elif arch == 9:
-        rows, d, k, h, warps, stages = 128, 128, 32, 128, 8, 4
-    elif arch == 10:
-        rows, d, k, h, warps, stages = 128, 64, 64, 128, 8, 3
-    else:
-        rows, d, k, h, warps, stages = 128, 64, 32, 128, 8, 3
-    if target is not None and target.backend != "cuda":
-        stages = 2  # 64 KiB of LDS
-    return {
-        "BLOCK_T": rows, "BLOCK_D": d, "BLOCK_K": k, "BLOCK_H": h, "num_warps": warps,
-        "num_stages": stages,
-    }  # fmt: skip
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:

@@ -1,6 +1,7 @@
-"""The adapter mixture in two Triton launches, where a row block's columns do not fit one program.
+"""The adapter mixture in two Triton launches: where one program does not hold the columns of a row
+block, or row blocks are too few programs.
 
-The mathematics is that of `adapter_fusion.py`, the same for both ops:
+The mathematics is that of `one_launch.py`, the same for all ops:
 
     columns:   z = act(W_down x + b_down)          t = M q + m             c = C q + c_0
                s_i = sum_{j in i} z_j t_j + c_i, in one part for each tile that adapter i is in
@@ -12,24 +13,25 @@ The columns of all adapters are one flat axis that the tiles cut anywhere: nothi
 adapter. Between the launches lie z, [T, D] in the inputs' dtype, and the parts of the scores, fp32,
 at most `1 + ceil(d / BLOCK_D)` of them for an adapter.
 
-A plain call is a call with one group whose rows lie in order. Groups come with the tables of
-`fastfusion.ops.routing`, as in `grouped.py`: a program of either launch takes an entry of the
-blocks and reads and writes rows where they lie.
+A LayerNorm in front is absorbed by the first launch, each program summing the statistics of its
+rows. A LayerNorm behind needs whole rows: with enough row blocks (FUSED_NORM) a program of the
+second launch takes all tiles of H, writes its rows before the norm and reads them back, as in
+`one_launch.py` and as safe as there; with few, a third launch normalises the rows, because more
+programs are worth more than the bytes.
 
-Bytes per row, with e bytes per element: the first launch reads x (and a query of its own)
-ceil(D / BLOCK_D) times, from L2 after the first, and writes D*e and the parts; the second reads
-these ceil(H / BLOCK_H) times, from L2 after the first, and the residual once, and writes H*e.
-Device memory sees x, residual and output once, z written and read.
+Few rows (decoding; SWAPPED): the weights stand on the M side of the products and the rows on the N
+side, column and H tiles are narrow, so that their number is near that of the multiprocessors. The
+weights' bytes bound the time; no sum over H is split.
 
-Precision, determinism: as in `adapter_fusion.py`, but z is rounded to the inputs' dtype before it
-is weighed, as the literal formulas do. Tiles are larger from 4096 rows on (`two_launch_schedule`),
-so a row's bits may differ between a call of fewer rows and one of more.
+Bytes per row, with e bytes per element: the first launch reads x (and a query of its own) ceil(D /
+BLOCK_D) times, from L2 after the first, and writes D*e and the parts; the second reads these ceil(H
+/ BLOCK_H) times, from L2 after the first, and the residual once, and writes H*e. Device memory sees
+x, residual and output once, z written and read.
+
+Precision, determinism: as in `one_launch.py`, but z is rounded to the inputs' dtype before it is
+weighed, as the literal formulas do. Tiles depend on the number of rows (`schedules.json`), so a
+row's bits may differ between a call of few rows and one of many.
 """
-
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 import triton
 import triton.language as tl
@@ -37,25 +39,30 @@ from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import max_scored
 from triton.backends.compiler import GPUTarget
 
-from .groups import Start, rows_of, tables, wide_columns, widest
-from .tiles import (
-    activate,
-    add_bias,
-    contiguous,
-    contiguous_rows,
-    dot_one_hot,
-    dot_rows,
-    launch,
-    padded,
-    precision,
-    two_launch_schedule,
+from .groups import rows_of, tables, wide_columns, widest
+from .mixtures import (
+    Mixture,
+    Outputs,
+    norm_arguments,
+    outputs_of,
+    residual_arguments,
+    row_arguments,
+    score_arguments,
+    scored_groups,
+    weight_arguments,
 )
+from .norms import layer_norm
+from .one_launch import normalise_rows
+from .projections import normalised, project, row_shift, statistics
+from .schedules import schedule
+from .tiles import activate, add_bias, dot_one_hot, dot_rows, launch, padded, precision
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def adapter_columns_kernel(
     x_ptr,  # [NUM_INPUTS, num_rows, H]
     query_ptr,  # [num_rows, H], or None: x
+    input_ptr,  # [num_rows, H]: added to x before a LayerNorm in front, or None
     order_ptr,  # [num_rows], or None: rows in order
     blocks_ptr,  # [row blocks, 3], or None
     groups_ptr,  # see `groups.Groups`
@@ -65,26 +72,35 @@ def adapter_columns_kernel(
     b_down_ptr,
     w_score_ptr,  # [*, H], or None: no group is scored
     b_score_ptr,
+    gain_down_ptr,  # of a LayerNorm in front, or None
+    gain_score_ptr,
+    ln_weight_ptr,
     z_ptr,  # [num_rows, stride_zm]
     parts_ptr,  # [parts, num_rows, num_adapters], fp32
     num_rows,
     num_tiles,
     num_adapters,
+    ln_eps,
     stride_xi,
     stride_xm,
     stride_qm,
+    stride_im,
     stride_zm,
     H: tl.constexpr,
     CODES: tl.constexpr,  # the activations that occur
     NUM_INPUTS: tl.constexpr,
+    MIXED: tl.constexpr,  # some groups are scored, some are not
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,  # the adapters of a tile
     BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE != tl.float32
+    SCORED: tl.constexpr = w_score_ptr is not None
+    NORM: tl.constexpr = gain_down_ptr is not None
     pid = tl.program_id(0)
     tile = pid % num_tiles
     group, rows, mask_t = rows_of(pid // num_tiles, order_ptr, blocks_ptr, num_rows, BLOCK_T)
@@ -93,83 +109,68 @@ def adapter_columns_kernel(
     layout = groups_ptr + group * 8
     down = tl.load(layout)
     score = tl.load(layout + 1)
-    column = tl.load(layout + 3)
-    first_tile = tl.load(layout + 5)
+    columns = columns_ptr + tl.load(layout + 3) * 2
+    tile_layout = tiles_ptr + (tl.load(layout + 5) + tile) * 3
     D = tl.load(layout + 6)
     if tile * BLOCK_D >= tl.maximum(D, 1):
         return
-    first = tl.load(tiles_ptr + (first_tile + tile) * 3)
-    count = tl.load(tiles_ptr + (first_tile + tile) * 3 + 1)
-    earlier = tl.load(tiles_ptr + (first_tile + tile) * 3 + 2)
+    first = tl.load(tile_layout)
+    count = tl.load(tile_layout + 1)
+    earlier = tl.load(tile_layout + 2)
 
     offs_d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    adapter = tl.load(columns_ptr + (column + offs_d) * 2, mask=mask_d, other=-1)
-    code = tl.load(columns_ptr + (column + offs_d) * 2 + 1, mask=mask_d, other=CODES[0])
     offs_a = first + tl.arange(0, BLOCK_A)
     mask_a = offs_a < first + count
     # what an adapter's score has beside its columns belongs to its first tile
     starts_here = mask_a & (offs_a >= first + tl.minimum(earlier, 1))
-    pre = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    t = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    c = tl.zeros([BLOCK_T, BLOCK_A], tl.float32)
-    own_query: tl.constexpr = (query_ptr is not None) or NUM_INPUTS > 1
+    shift = tl.zeros([BLOCK_T], tl.float32)
+    if NORM:
+        shift = row_shift(x_ptr, input_ptr, rows, mask_t, stride_xm, stride_im, H, BLOCK_K)
+    # the branch stands outside the loop: inside, it would keep the loads of M out of the pipeline
+    if MIXED:
+        if score >= 0:
+            pre, _, t, _, c, sums, squares = project(
+                x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+                stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+                down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
+                H, NUM_INPUTS, True, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
+                PRECISION,
+            )  # fmt: skip
+        else:
+            pre, _, t, _, c, sums, squares = project(
+                x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+                stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+                down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
+                H, NUM_INPUTS, False, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
+                PRECISION,
+            )  # fmt: skip
+    else:
+        pre, _, t, _, c, sums, squares = project(
+            x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+            stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+            down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
+            H, NUM_INPUTS, SCORED, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
+            PRECISION,
+        )  # fmt: skip
+    mean, rstd = statistics(sums, squares, ln_eps, H)
 
-    if own_query:
-        for i in range(first, first + (count if NUM_INPUTS > 1 else 1)):
-            x_input = x_ptr
-            own = mask_d
-            if NUM_INPUTS > 1:
-                x_input += i * tl.cast(stride_xi, tl.int64)
-                own = adapter == i
-            for k in range(0, H, BLOCK_K):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                mask_k = offs_k < H
-                x_tile = x_input + rows[:, None] * stride_xm + offs_k[None, :]
-                x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
-                pre = dot_rows(
-                    x, w_down_ptr, down + offs_d, own, offs_k, mask_k, pre, H, True, PRECISION
-                )
-    query_input = x_ptr
-    stride_query = stride_xm
-    if query_ptr is not None:
-        query_input = query_ptr
-        stride_query = stride_qm
-    if w_score_ptr is not None:
-        # groups without attention have no score weights
-        mask_m = offs_d < tl.where(score >= 0, D, 0)
-        mask_c = starts_here & (offs_a < tl.where(score >= 0, first + count, 0))
-        for k in range(0, H, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < H
-            x_tile = query_input + rows[:, None] * stride_query + offs_k[None, :]
-            x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
-            if not own_query:
-                pre = dot_rows(
-                    x, w_down_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, PRECISION
-                )
-            t = dot_rows(
-                x, w_score_ptr, score + offs_d, mask_m, offs_k, mask_k, t, H, True, PRECISION
-            )
-            c = dot_rows(
-                x, w_score_ptr, score + D + offs_a, mask_c, offs_k, mask_k, c, H, True, PRECISION
-            )
-    elif not own_query:
-        for k in range(0, H, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < H
-            x_tile = query_input + rows[:, None] * stride_query + offs_k[None, :]
-            x = tl.load(x_tile, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
-            pre = dot_rows(
-                x, w_down_ptr, down + offs_d, mask_d, offs_k, mask_k, pre, H, True, PRECISION
-            )
-
+    if NORM:
+        pre = normalised(pre, gain_down_ptr, down + offs_d, mask_d, mean, rstd)
+    code = tl.load(columns + offs_d * 2 + 1, mask=mask_d, other=CODES[0])
     z = activate(add_bias(pre, b_down_ptr, down + offs_d, mask_d), code, CODES)
     z = tl.where(mask_d[None, :], z, 0.0)
-    if w_score_ptr is not None:
-        if score >= 0:
+    if SCORED:
+        is_scored = True
+        if MIXED:
+            is_scored = score >= 0
+        if is_scored:
+            if NORM:
+                t = normalised(t, gain_score_ptr, score + offs_d, mask_d, mean, rstd)
+                c = normalised(c, gain_score_ptr, score + D + offs_a, starts_here, mean, rstd)
             t = add_bias(t, b_score_ptr, score + offs_d, mask_d)
             s = add_bias(c, b_score_ptr, score + D + offs_a, starts_here)
+            adapter = tl.load(columns + offs_d * 2, mask=mask_d, other=-1)
             one_hot = adapter[:, None] == offs_a[None, :]
             s = dot_one_hot(z * t, one_hot, s, SPLIT, PRECISION)
             part = tl.where(offs_a == first, earlier, 0)
@@ -182,10 +183,38 @@ def adapter_columns_kernel(
     tl.store(z_tile, z.to(DTYPE), mask=mask_td)
 
 
+@triton.jit
+def _weights_of(
+    parts_ptr, adapters, offset_ptr, mask_ptr, temperature_ptr, rows, mask_t, offs_n, mask_n,
+    num_rows, num_adapters, num_scored, PARTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """p of the rows of a scored group, from the parts of the scores."""
+    in_tiles = tl.load(adapters + offs_n, mask=mask_n, other=0)
+    s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for i in range(PARTS):
+        index = (i * tl.cast(num_rows, tl.int64) + rows[:, None]) * num_adapters
+        mask_part = mask_t[:, None] & (i < in_tiles)[None, :]
+        s += tl.load(parts_ptr + index + offs_n[None, :], mask=mask_part, other=0.0)
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
+        s += offset.to(tl.float32)[:, None]
+    if mask_ptr is not None:
+        mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n[None, :]
+        mask_tn = mask_t[:, None] & mask_n[None, :]
+        s *= tl.load(mask_tile, mask=mask_tn, other=0.0).to(tl.float32)
+    if temperature_ptr is not None:
+        s /= tl.load(temperature_ptr).to(tl.float32)
+    s = tl.where(mask_n[None, :], s, float("-inf"))
+    e = tl.exp(s - tl.max(s, axis=1)[:, None])
+    return e / tl.sum(e, axis=1)[:, None]
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def adapter_output_kernel(
     z_ptr,  # [num_rows, stride_zm]
     parts_ptr,  # [PARTS, num_rows, num_adapters], or None: p = 1
+    x_ptr,  # [num_rows, H]: added to the residual, or None
     residual_ptr,  # [num_rows, H], or None
     order_ptr,  # [num_rows], or None: rows in order
     blocks_ptr,  # [row blocks, 3], or None
@@ -196,11 +225,17 @@ def adapter_output_kernel(
     temperature_ptr,  # [], or None: 1
     mask_ptr,  # [num_rows, num_scored], or None
     offset_ptr,  # [num_rows], or None
+    ln_weight_ptr,  # [H], or None: no norm here
+    ln_bias_ptr,
+    summed_ptr,  # [num_rows, H], or None: not kept
+    kept_ptr,  # [num_rows, H]: the rows before the norm
     out_ptr,  # [num_rows, H]
     p_ptr,  # [num_rows, num_scored]
     num_rows,
     num_adapters,
     num_scored,
+    ln_eps,
+    stride_xm,
     stride_rm,
     stride_zm,
     H: tl.constexpr,
@@ -209,57 +244,54 @@ def adapter_output_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE != tl.float32
+    NORM: tl.constexpr = ln_weight_ptr is not None
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    OWN_TILES: tl.constexpr = H_TILES if NORM else 1
     pid = tl.program_id(0)
-    h_tile = pid % H_TILES
-    group, rows, mask_t = rows_of(pid // H_TILES, order_ptr, blocks_ptr, num_rows, BLOCK_T)
-    offs_h = h_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
-    mask_th = mask_t[:, None] & mask_h[None, :]
+    row_block = pid // (H_TILES // OWN_TILES)
+    first_tile = pid % (H_TILES // OWN_TILES)
+    group, rows, mask_t = rows_of(row_block, order_ptr, blocks_ptr, num_rows, BLOCK_T)
     offs_n = tl.arange(0, BLOCK_N)
-    out_tile = out_ptr + rows[:, None] * H + offs_h[None, :]
-    out = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     p = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    if residual_ptr is not None:
-        residual_tile = residual_ptr + rows[:, None] * stride_rm + offs_h[None, :]
-        out += tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)
+    values = 0
+    columns = columns_ptr
+    D = 0
+    N = 0
     if group >= 0:
         layout = groups_ptr + group * 8
         values = tl.load(layout + 2)
-        column = tl.load(layout + 3)
+        columns += tl.load(layout + 3) * 2
         D = tl.load(layout + 6)
         N = tl.load(layout + 7)
-        mask_n = offs_n < N
-        p += mask_n.to(tl.float32)[None, :]
+        p += (offs_n < N).to(tl.float32)[None, :]
         if parts_ptr is not None:
             if tl.load(layout + 1) >= 0:
-                in_tiles = tl.load(
-                    adapters_ptr + tl.load(layout + 4) + offs_n, mask=mask_n, other=0
-                )
-                s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-                for i in range(PARTS):
-                    index = (i * tl.cast(num_rows, tl.int64) + rows[:, None]) * num_adapters
-                    mask_part = mask_t[:, None] & (i < in_tiles)[None, :]
-                    s += tl.load(parts_ptr + index + offs_n[None, :], mask=mask_part, other=0.0)
-                if offset_ptr is not None:
-                    offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
-                    s += offset.to(tl.float32)[:, None]
-                if mask_ptr is not None:
-                    mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n[None, :]
-                    mask_tn = mask_t[:, None] & mask_n[None, :]
-                    s *= tl.load(mask_tile, mask=mask_tn, other=0.0).to(tl.float32)
-                if temperature_ptr is not None:
-                    s /= tl.load(temperature_ptr).to(tl.float32)
-                s = tl.where(mask_n[None, :], s, float("-inf"))
-                e = tl.exp(s - tl.max(s, axis=1)[:, None])
-                p = e / tl.sum(e, axis=1)[:, None]
+                p = _weights_of(
+                    parts_ptr, adapters_ptr + tl.load(layout + 4), offset_ptr, mask_ptr,
+                    temperature_ptr, rows, mask_t, offs_n, offs_n < N, num_rows, num_adapters,
+                    num_scored, PARTS, BLOCK_T, BLOCK_N,
+                )  # fmt: skip
+    shift = tl.zeros([BLOCK_T], tl.float32)
+    if NORM:
+        shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H, BLOCK_H)
+    sums = tl.zeros([BLOCK_T], tl.float32)
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    for h_tile in range(first_tile, first_tile + OWN_TILES):
+        offs_h = h_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+        mask_h = offs_h < H
+        mask_th = mask_t[:, None] & mask_h[None, :]
+        if SWAPPED:
+            out = tl.zeros([BLOCK_H, BLOCK_T], tl.float32)
+        else:
+            out = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
         out = dot_rows(
-            p.to(DTYPE), w_out_ptr, values + D + offs_n, mask_n, offs_h, mask_h,
-            out, H, False, PRECISION,
+            p.to(DTYPE), w_out_ptr, values + D + offs_n, offs_n < N, offs_h, mask_h, out,
+            H, False, PRECISION, SWAPPED,
         )  # fmt: skip
         for k in range(0, D, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
@@ -268,76 +300,82 @@ def adapter_output_kernel(
             mask_tk = mask_t[:, None] & (offs_k < wide_columns(D))[None, :]
             z = tl.load(z_tile, mask=mask_tk, other=0.0)
             if parts_ptr is not None:
-                adapter = tl.load(columns_ptr + (column + offs_k) * 2, mask=mask_k, other=-1)
+                adapter = tl.load(columns + offs_k * 2, mask=mask_k, other=-1)
                 one_hot = adapter[None, :] == offs_n[:, None]
                 zeros = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
                 spread = dot_one_hot(p, one_hot, zeros, SPLIT, PRECISION)
                 z = (z.to(tl.float32) * spread).to(DTYPE)
             out = dot_rows(
-                z, w_out_ptr, values + offs_k, mask_k, offs_h, mask_h, out, H, False, PRECISION
-            )
-        if parts_ptr is not None:
-            p = tl.where(tl.load(layout + 1) >= 0, p, 0.0)
+                z, w_out_ptr, values + offs_k, mask_k, offs_h, mask_h, out,
+                H, False, PRECISION, SWAPPED,
+            )  # fmt: skip
+        if SWAPPED:
+            out = tl.trans(out)
+        if residual_ptr is not None:
+            residual_tile = residual_ptr + rows[:, None] * stride_rm + offs_h[None, :]
+            residual = tl.load(residual_tile, mask=mask_th, other=0.0).to(tl.float32)
+            if x_ptr is not None:
+                x_tile = x_ptr + rows[:, None] * stride_xm + offs_h[None, :]
+                residual += tl.load(x_tile, mask=mask_th, other=0.0).to(tl.float32)
+            if summed_ptr is not None:
+                summed_tile = summed_ptr + rows[:, None] * H + offs_h[None, :]
+                tl.store(summed_tile, residual.to(DTYPE), mask=mask_th)
+            out += residual
+        if NORM:
+            centred = tl.where(mask_h[None, :], out - shift[:, None], 0.0)
+            sums += tl.sum(centred, axis=1)
+            squares += tl.sum(centred * centred, axis=1)
+        tl.store(kept_ptr + rows[:, None] * H + offs_h[None, :], out.to(DTYPE), mask=mask_th)
     if parts_ptr is not None:
-        if h_tile == 0:
+        if first_tile == 0:
+            scored = False
+            if group >= 0:
+                scored = tl.load(groups_ptr + group * 8 + 1) >= 0
             p_tile = p_ptr + rows[:, None] * num_scored + offs_n[None, :]
-            tl.store(p_tile, p, mask=mask_t[:, None] & (offs_n < num_scored)[None, :])
-    tl.store(out_tile, out.to(DTYPE), mask=mask_th)
+            mask_tn = mask_t[:, None] & (offs_n < num_scored)[None, :]
+            tl.store(p_tile, tl.where(scored, p, 0.0), mask=mask_tn)
+    if NORM:
+        mean, rstd = statistics(sums, squares, ln_eps, H)
+        normalise_rows(
+            kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean + shift, rstd,
+            H, BLOCK_H,
+        )  # fmt: skip
 
 
-def launch_arguments(
-    *,
-    x: Sequence[Tensor],
-    query: Tensor | None,
-    residual: Tensor | None,
-    groups: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor,
-    w_score: Tensor | None,
-    b_score: Tensor | None,
-    w_out: Tensor,
-    temperature: Tensor | None,
-    mask: Tensor | None,
-    score_offset: Tensor | None,
-    starts: Sequence[Start],
-    counts: Sequence[int],
-    sizes: Sequence[int],
-    activations: Sequence[int],
-    target: GPUTarget | None,
-) -> tuple[dict, dict, int]:
-    """The arguments of both kernels for a call of either op, and the number of row blocks.
+def schedule_of(mixture: Mixture) -> str:
+    """The name of a call's schedule: norms, a second loop over H and a branch take registers."""
+    if mixture.norm is not None:
+        return "two_launches_norm"
+    has_own_query = mixture.query is not None or len(mixture.x) > 1
+    is_general = has_own_query or scored_groups(mixture)[1]
+    return "two_launches_general" if is_general else "two_launches"
 
-    Args:
-        groups: each row's group, or None where all rows have the only one.
-        starts: of the groups; `w_down` and `w_score` may be one tensor.
-        counts: of adapters.
-        target: None in the interpreter.
-    """
-    num_rows, hidden_size = x[0].shape
-    blocks = two_launch_schedule(x[0].dtype, target, num_rows)
-    options = {name: blocks[name] for name in ("num_warps", "num_stages")}
-    block_t, block_d = blocks["BLOCK_T"], blocks["BLOCK_D"]
-    layout = tuple(tuple(part) for part in (starts, counts, sizes, activations))
-    found = tables(*layout, block_d, x[0].device)
-    order, block_table, row_blocks = None, None, triton.cdiv(num_rows, block_t)
-    if groups is not None:
-        order, _, block_table = routing_tables(groups, len(counts), block_t)
+
+def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
+    """The launches for a call."""
+    x, norm = mixture.x[0], mixture.norm
+    num_rows, hidden_size = x.shape
+    blocks = dict(schedule(schedule_of(mixture), x.dtype, target, num_rows))
+    fused_norm = blocks.pop("FUSED_NORM") and norm is not None
+    block_d, block_h = blocks.pop("BLOCK_D"), blocks.pop("BLOCK_H")
+    layout = (mixture.starts, mixture.counts, mixture.sizes, mixture.activations)
+    found = tables(*map(tuple, layout), block_d, x.device)
+    order, block_table, row_blocks = None, None, triton.cdiv(num_rows, blocks["BLOCK_T"])
+    if mixture.groups is not None:
+        order, _, block_table = routing_tables(
+            mixture.groups, len(mixture.counts), blocks["BLOCK_T"]
+        )
         row_blocks = len(block_table)
-    if len(x) == 1:
-        inputs = contiguous_rows(x[0]).unsqueeze(0)
-    else:
-        inputs = torch.stack(list(x))
-    query, residual = contiguous_rows(query), contiguous_rows(residual)
-    columns, adapters = widest(sizes, counts)
-    num_scored = max_scored(counts, [score >= 0 for _, score, _ in starts])
-    is_scored = num_scored > 0
-    z = x[0].new_empty(num_rows, -(-columns // 16) * 16)
-    parts, p = None, x[0].new_empty([0], dtype=torch.float32)
+    columns, adapters = widest(mixture.sizes, mixture.counts)
+    is_scored, is_mixed = scored_groups(mixture)
+    outputs = outputs_of(mixture)
+    rows, residual = row_arguments(mixture), residual_arguments(mixture)
+    norms = norm_arguments(mixture, outputs)
+    # 16 columns: what `wide_columns` rounds to
+    z = x.new_empty(num_rows, triton.cdiv(columns, 16) * 16)
+    parts = None
     if is_scored:
-        parts = x[0].new_empty(found.num_parts, num_rows, adapters, dtype=torch.float32)
-        p = x[0].new_empty(num_rows, num_scored, dtype=torch.float32)
-    elif groups is not None:
-        p = x[0].new_empty([num_rows, 0], dtype=torch.float32)
+        parts = x.new_empty(found.num_parts, num_rows, adapters, dtype=outputs.p.dtype)
     shared = {
         "z_ptr": z,
         "parts_ptr": parts,
@@ -347,53 +385,50 @@ def launch_arguments(
         "columns_ptr": found.columns,
         "num_rows": num_rows,
         "num_adapters": adapters,
+        "ln_eps": norms["ln_eps"],
         "stride_zm": z.stride(0),
         "H": hidden_size,
-        "BLOCK_T": block_t,
         "PRECISION": precision(target),
-        **options,
+        **blocks,
     }
-    first = shared | {
-        "x_ptr": inputs,
-        "query_ptr": query,
+    is_normed_before = norm is not None and norm.before
+    first = {
+        **shared,
+        **rows,
+        **weight_arguments(mixture),
+        "input_ptr": residual["residual_ptr"] if is_normed_before else None,
+        "ln_weight_ptr": norms["ln_weight_ptr"] if is_normed_before else None,
         "tiles_ptr": found.tiles,
-        "w_down_ptr": w_down.contiguous(),
-        "b_down_ptr": b_down.contiguous(),
-        "w_score_ptr": contiguous(w_score) if is_scored else None,
-        "b_score_ptr": contiguous(b_score) if is_scored else None,
         "num_tiles": found.num_tiles,
-        "stride_xi": inputs.stride(0),
-        "stride_xm": inputs.stride(1),
-        "stride_qm": 0 if query is None else query.stride(0),
-        "CODES": tuple(sorted(set(activations))),
-        "NUM_INPUTS": len(x),
+        "stride_im": residual["stride_rm"],
+        "CODES": tuple(sorted(set(mixture.activations))),
+        "MIXED": is_mixed,
         "BLOCK_D": block_d,
         "BLOCK_A": padded(found.tile_adapters),
-        "BLOCK_K": blocks["BLOCK_K"],
     }
-    second = shared | {
+    kept = outputs.out if norm is None or not norm.save else outputs.pre_norm
+    second = {
+        **shared,
+        **residual,
+        **score_arguments(mixture),
+        "x_ptr": None if norm is None else rows["x_ptr"],
+        "stride_xm": rows["stride_xm"],
         "adapters_ptr": found.adapters,
-        "residual_ptr": residual,
-        "w_out_ptr": w_out.contiguous(),
-        "temperature_ptr": temperature,
-        "mask_ptr": contiguous(mask),
-        "offset_ptr": contiguous(score_offset),
-        "out_ptr": x[0].new_empty(num_rows, hidden_size),
-        "p_ptr": p,
-        "num_scored": num_scored,
-        "stride_rm": 0 if residual is None else residual.stride(0),
+        "w_out_ptr": mixture.w_out.contiguous(),
+        "ln_weight_ptr": norms["ln_weight_ptr"] if fused_norm else None,
+        "ln_bias_ptr": norms["ln_bias_ptr"] if fused_norm else None,
+        "summed_ptr": norms["summed_ptr"],
+        "kept_ptr": kept,
+        "out_ptr": outputs.out,
+        "p_ptr": outputs.p,
+        "num_scored": max_scored(mixture.counts, [score >= 0 for _, score, _ in mixture.starts]),
         "PARTS": found.num_parts,
         "BLOCK_N": padded(adapters),
-        "BLOCK_K": blocks["BLOCK_K"],
-        "BLOCK_H": blocks["BLOCK_H"],
+        "BLOCK_H": block_h,
     }
-    return first, second, row_blocks
-
-
-def run(first: dict, second: dict, row_blocks: int) -> tuple[Tensor, Tensor]:
-    """Both launches, with what `launch_arguments` returns; out and p."""
-    out, p = second["out_ptr"], second["p_ptr"]
-    h_tiles = triton.cdiv(out.shape[1], second["BLOCK_H"])
-    launch(adapter_columns_kernel, row_blocks * first["num_tiles"], first)
+    launch(adapter_columns_kernel, row_blocks * found.num_tiles, first)
+    h_tiles = 1 if fused_norm else triton.cdiv(hidden_size, block_h)
     launch(adapter_output_kernel, row_blocks * h_tiles, second)
-    return out, p
+    if norm is not None and not fused_norm:
+        layer_norm(kept, norm.weight, norm.bias, norm.eps, outputs.out)
+    return outputs
