@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from fastfusion.kernels.triton import backend, tiles
+from fastfusion.kernels.triton import backend, schedules, tiles
 from fastfusion.ops.activations import activation_code
 from fastfusion.ops.weights import layouts, max_scored
 
@@ -103,14 +103,14 @@ def recording(target: GPUTarget) -> Iterator[list[Launch]]:
     def record(kernel: triton.JITFunction, programs: int, arguments: dict) -> None:
         launches.append(Launch(kernel, programs, arguments, target))
 
-    instead = {"launch": record, "target_of": lambda device: target}
+    instead = {tiles.launch: record, schedules.target_of: lambda device: target}
     modules = [
         module for name, module in sys.modules.items()
         if name.startswith("fastfusion.kernels.triton.")
     ]  # fmt: skip
     with ExitStack() as stack:
-        for name, function in instead.items():
-            original = getattr(tiles, name)
+        for original, function in instead.items():
+            name = original.__name__
             for module in modules:
                 if vars(module).get(name) is original:
                     stack.enter_context(mock.patch.object(module, name, function))
@@ -129,17 +129,11 @@ def float32_precision(value: str) -> Iterator[None]:
 
 
 def recorded(case: Case) -> list[Launch]:
-    """The launches of a case, in order.
-
-    Raises:
-        RuntimeError: there are none.
-    """
+    """The launches of a case, in order."""
     calls = {"plain": _call_plain, "norm": _call_norm, "grouped": _call_grouped}
     precision = "high" if "high" in case.flags else "highest"
     with float32_precision(precision), recording(TARGETS[case.target]) as launches:
         calls[case.op](case)
-    if not launches:
-        raise RuntimeError(f"{case.name}: expected launches of Triton kernels, there were none")
     return launches
 
 

@@ -47,6 +47,7 @@ def kernels(case: Case) -> list[CompiledKernel]:
 def test_named(case, table):
     """Nothing is wrong with the binaries, and they are those of docs/compiled.json."""
     found = [entry(launch) for launch in recorded(case)]
+    assert found, "nothing was launched"
     assert [f"{one.kernel}: {fault}" for one in found for fault in one.faults] == []
     if table.triton == triton.__version__:
         assert found == table[case], "python benchmarks/compiled.py --named makes the table anew"
