@@ -4,8 +4,9 @@ NVIDIA: the cubin, as triton's own cuobjdump shows it. AMD: the assembly that th
 assembled from, with its metadata. Two figures are not in a cubin: how much shared memory a launch
 asks for, which is the compiler's word, and how many columns of tensor memory, which stands in PTX.
 
-What a kernel has to contain comes from its first IR, before any pass: a binary that lost its work
-has fewer matrix instructions or stores than the code has products and stores.
+What a kernel has to contain comes from its code: products from the first IR, before any pass, and
+stores from the IR in which what constants exclude is gone, such as base rows in a plain call. A
+binary that lost its work has fewer matrix instructions or stores.
 """
 
 import math
@@ -107,10 +108,10 @@ def work(kernel: CompiledKernel) -> Work:
     for text in kernel.asm["source"].split("\n  tt.func ")[1:]:
         functions[re.search(_NAME, text)[1]] = _DEAD.sub("", text)
     entry = next(name for name, text in functions.items() if text.startswith("public"))
-    texts = list(_called(entry, functions))
+    texts = _called(entry, functions)
     return Work(
         tuple(product for text in texts for product in _products(text)),
-        sum(len(re.findall(r"\btt\.store\b", text)) for text in texts),
+        len(re.findall(r"\btt\.store\b", kernel.asm["ttir"])),
         _streams(kernel.asm["ttir"]),
     )
 

@@ -238,8 +238,10 @@ def page(table: Table) -> str:
     ]  # fmt: skip
     rows = []
     for case in NAMED:
-        entries = table[case] or [Entry("", None, ["nothing was launched"])]
-        for entry in entries:
+        entries = table[case]
+        if entries == []:
+            entries = [Entry("", None, ["nothing was launched"])]
+        for entry in entries or []:
             cells = [""] * 9
             if entry.reading is not None:
                 r = entry.reading

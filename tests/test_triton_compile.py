@@ -10,7 +10,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from binary import Reading, faults, read, work  # noqa: E402
+from binary import Product, Reading, faults, read, work  # noqa: E402
 from compiled import BERT, GROUPS, NAMED, TABLE, WIDE, Entry, Table  # noqa: E402
 from launches import Case, Launch, compiled, identity, recorded  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
@@ -69,7 +69,7 @@ def test_as_many_as_there_is_time_for():
         ({"matrix": {"HGMMA": 1}}, "1 HGMMA instructions"),
         ({"matrix": {"HGMMA": 1000, "tf32": 1}}, "tf32 where fp32"),
         ({"copies": 0}, "no asynchronous copy"),
-        ({"stores": 1}, "1 stores of 2"),
+        ({"stores": 1}, "1 stores of"),
     ],
 )
 def test_each_fault_is_seen(change, fault):
@@ -80,19 +80,22 @@ def test_each_fault_is_seen(change, fault):
 
 def test_what_the_compiler_accepts():
     """More shared memory than there is, and spills."""
-    (launch,) = recorded(Case("sm_86", "plain", BERT))
+    (launch,) = recorded(Case("sm_90", "plain", BERT))
     deep = launch._replace(arguments=launch.arguments | {"BLOCK_K": 128, "num_stages": 4})
-    wide = launch._replace(arguments=launch.arguments | {"BLOCK_T": 128})
-    assert any("shared memory of 101376" in fault for fault in entry(deep).faults)
+    wide = launch._replace(arguments=launch.arguments | {"BLOCK_T": 128, "num_warps": 4})
+    assert any("shared memory of 232448" in fault for fault in entry(deep).faults)
     assert any("bytes of stack" in fault for fault in entry(wide).faults)
 
 
 def test_products_of_the_code():
-    """Those of the kernel's own text and of the functions that it calls, one for each call."""
-    (kernel,) = kernels(Case("sm_90", "plain", ((128,),)))
-    products = work(kernel).products
-    down = [p for p in products if (p.n, p.dtype) == (128, "bf16") and p.k < 64]
-    assert len(products) == 9 and len(down) == 4
+    """Of the kernel's own text and of the functions that it calls, one for each call."""
+    (launch,) = recorded(Case("sm_90", "plain", ((128,),)))
+    products = work(compiled(launch)).products
+    rows, depth = launch.arguments["BLOCK_T"], launch.arguments["BLOCK_K"]
+    # z and t; c; scores and weights, each in two parts; the output, from z and from p
+    assert products.count(Product(rows, 128, depth, "bf16", "ieee")) == 2
+    assert products.count(Product(rows, 16, 128, "bf16", "ieee")) == 2
+    assert len(products) == 9
 
 
 def shorts(kernel: CompiledKernel, kind: str) -> int:
