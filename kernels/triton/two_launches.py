@@ -153,13 +153,13 @@ def adapter_columns_kernel(
             H, NUM_INPUTS, SCORED, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
             PRECISION,
         )  # fmt: skip
-    mean, rstd = statistics(sums, squares, ln_eps, H)
-
     if NORM:
+        mean, rstd = statistics(sums, squares, ln_eps, H)
         pre = normalised(pre, gain_down_ptr, down + offs_d, mask_d, mean, rstd)
     code = tl.load(columns + offs_d * 2 + 1, mask=mask_d, other=CODES[0])
     z = activate(add_bias(pre, b_down_ptr, down + offs_d, mask_d), code, CODES)
     z = tl.where(mask_d[None, :], z, 0.0)
+    rounded = z.to(DTYPE)
     if SCORED:
         is_scored = True
         if MIXED:
@@ -168,19 +168,19 @@ def adapter_columns_kernel(
             if NORM:
                 t = normalised(t, gain_score_ptr, score + offs_d, mask_d, mean, rstd)
                 c = normalised(c, gain_score_ptr, score + D + offs_a, starts_here, mean, rstd)
-            t = add_bias(t, b_score_ptr, score + offs_d, mask_d)
+            t = z * add_bias(t, b_score_ptr, score + offs_d, mask_d)
             s = add_bias(c, b_score_ptr, score + D + offs_a, starts_here)
             adapter = tl.load(columns + offs_d * 2, mask=mask_d, other=-1)
             one_hot = adapter[:, None] == offs_a[None, :]
-            s = dot_one_hot(z * t, one_hot, s, SPLIT, PRECISION)
+            s = dot_one_hot(t, one_hot, s, SPLIT, PRECISION)
             part = tl.where(offs_a == first, earlier, 0)
-            index = (part[None, :] * tl.cast(num_rows, tl.int64) + rows[:, None]) * num_adapters
-            mask_ta = mask_t[:, None] & mask_a[None, :]
-            tl.store(parts_ptr + index + offs_a[None, :], s, mask=mask_ta)
+            plane = part * (tl.cast(num_rows, tl.int64) * num_adapters)
+            parts = parts_ptr + (rows * num_adapters)[:, None] + (plane + offs_a)[None, :]
+            tl.store(parts, s, mask=mask_t[:, None] & mask_a[None, :])
     # behind the scores: before them it made registers spill on sm_90
     z_tile = z_ptr + rows[:, None] * stride_zm + offs_d[None, :]
     mask_td = mask_t[:, None] & (offs_d < wide_columns(D))[None, :]
-    tl.store(z_tile, z.to(DTYPE), mask=mask_td)
+    tl.store(z_tile, rounded, mask=mask_td)
 
 
 @triton.jit
