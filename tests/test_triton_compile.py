@@ -123,8 +123,8 @@ def test_offsets_of_rows_are_wide(op, groups):
 
 
 def test_grouped_is_compiled_once_for_every_mixture():
-    """Neither the number of rows nor groups beside the widest are constants."""
-    mixtures = [(((8, 8), (4,)), 3), (((8, 8), (4,)), 70), (((3, 9), (5,), (1,)), 16)]
+    """Neither the number of rows (within a schedule) nor groups beside the widest are constants."""
+    mixtures = [(((8, 8), (4,)), 4099), (((8, 8), (4,)), 9000), (((3, 9), (5,), (1,)), 8192)]
     found = {
         tuple(map(identity, recorded(Case("sm_90", "grouped", groups, hidden=64, rows=rows))))
         for groups, rows in mixtures
