@@ -132,7 +132,7 @@ def text(table: Table) -> str:
 
 
 def write(path: Path, table: Table, overwrite: bool = False) -> None:
-    """Write a file, whole or not at all.
+    """Write a file; one that is there is replaced whole or not at all.
 
     Raises:
         ValueError: an entry is wrong, and the file is as it was.
@@ -140,13 +140,14 @@ def write(path: Path, table: Table, overwrite: bool = False) -> None:
     """
     for i, entry in enumerate(table.entries):
         check(entry, f"{path}, entry {i}")
+    if not overwrite:
+        with path.open("x") as file:
+            file.write(text(table))
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text(table))
-        if overwrite:
-            beside.replace(path)
-        else:
-            os.link(beside, path)  # fails where there is a file
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
