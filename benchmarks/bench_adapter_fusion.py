@@ -10,86 +10,19 @@ compares with the literal formulas in bf16; errors are against fp64. Medians and
 interleaved rounds; ratios are medians of the rounds' own ratios.
 """
 
-import functools
 from collections.abc import Callable
 
 import measure
 import pytest
 import torch
+from place import HIDDEN, SIZE, literal, mixture, packed, parameters, to
 
-from fastfusion import reference
-from fastfusion.absorb import Attention, Bottleneck, pack_absorbed
-from fastfusion.configuration import AdapterFusionConfig, SeqBnConfig
-from fastfusion.ops import PackedWeights, adapter_fusion
-from fastfusion.ops.activations import activation_code
-
-BATCH, SEQUENCE, HIDDEN, SIZE = 8, 128, 768, 48
+BATCH, SEQUENCE = 8, 128
 ADAPTERS = (3, 8, 16)
 MODES = ("forward", "forward+backward", "bf16 forward")
 # fp32: rounding alone. bf16: 8 bits of mantissa, some products deep
 ALLOWED_ERROR = {"forward": 1e-4, "forward+backward": 1e-4, "bf16 forward": 2e-2}
 PROVIDERS = ("products", "reference", "torch", "cpp", "compiled reference", "compiled torch")
-
-ADAPTER_CONFIG = SeqBnConfig(reduction_factor=HIDDEN // SIZE)
-FUSION_CONFIG = AdapterFusionConfig()
-
-
-def parameters(adapters: int) -> tuple[list[Bottleneck], Attention]:
-    """Random parameters whose scores are of the order of one."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * scale
-
-    bottlenecks = [
-        Bottleneck(
-            normal(SIZE, HIDDEN, scale=HIDDEN**-0.5),
-            normal(SIZE, scale=0.1),
-            normal(HIDDEN, SIZE, scale=SIZE**-0.5),
-            normal(HIDDEN, scale=0.1),
-            1.0,
-            None,
-            None,
-            activation_code(ADAPTER_CONFIG["non_linearity"]),
-        )
-        for _ in range(adapters)
-    ]
-    square = functools.partial(normal, HIDDEN, HIDDEN, scale=HIDDEN**-0.5)
-    bias = functools.partial(normal, HIDDEN, scale=0.1)
-    return bottlenecks, Attention(square() * 0.3, bias(), square() * 0.3, bias(), square())
-
-
-def literal(bottlenecks: list[Bottleneck], attention: Attention) -> Callable:
-    """The reference's path: a loop over the adapters, then attention over their stacked outputs."""
-    names = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
-    adapters = [dict(zip(names, bottleneck[:4], strict=True)) for bottleneck in bottlenecks]
-    names = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
-    fusion = dict(zip(names, attention, strict=True))
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        up = torch.stack(
-            [reference.adapter_up(x, adapter, ADAPTER_CONFIG, 1.0) for adapter in adapters], dim=2
-        )
-        return reference.adapter_fusion(x, up, x, fusion, FUSION_CONFIG)[0]
-
-    return run
-
-
-def mixture(weights: PackedWeights, backend: str) -> Callable:
-    """The op on packed weights."""
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        rows = x.view(-1, HIDDEN)
-        return adapter_fusion([rows], None, rows, weights, backend=backend)[0].view_as(x)
-
-    return run
-
-
-def cached(weights: PackedWeights) -> PackedWeights:
-    """The score weights directly behind the down weights, as the inference cache stores them."""
-    stacked = torch.cat([weights.w_down, weights.w_score])
-    w_down, w_score = stacked.split([weights.w_down.shape[0], weights.w_score.shape[0]])
-    return weights._replace(w_down=w_down, w_score=w_score)
 
 
 def products(adapters: int) -> Callable:
@@ -108,35 +41,19 @@ def products(adapters: int) -> Callable:
     return run
 
 
-def to_dtype(drawn: tuple[list[Bottleneck], Attention], dtype: torch.dtype):
-    """The same parameters, rounded to a dtype."""
-    bottlenecks = [
-        Bottleneck(*(t.to(dtype) for t in bottleneck[:4]), *bottleneck[4:])
-        for bottleneck in drawn[0]
-    ]
-    return bottlenecks, Attention(*(t.to(dtype) for t in drawn[1]))
-
-
-def packed(drawn: tuple[list[Bottleneck], Attention], dtype: torch.dtype) -> PackedWeights:
-    """Packed in fp64 and cast once, as the inference cache does it."""
-    weights = pack_absorbed(*to_dtype(drawn, torch.float64))
-    cast = (t if t is None else t.to(dtype) for t in weights[:6])
-    return cached(PackedWeights(*cast, *weights[6:]))
-
-
 def setup(adapters: int, provider: str, mode: str) -> Callable[[], torch.Tensor]:
     """A call to time. Backward: of the input alone, through frozen weights."""
     dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
-    drawn = to_dtype(parameters(adapters), dtype)
+    drawn = to(parameters(adapters), dtype)
     x = torch.randn(BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
     if provider == "products":
         run = products(adapters)
     elif provider == "fp64":
-        run, x = literal(*to_dtype(drawn, torch.float64)), x.double()
+        run, x = literal(to(drawn, torch.float64)), x.double()
     else:
         name = provider.removeprefix("compiled ")
         if name == "reference":
-            run = literal(*drawn)
+            run = literal(drawn)
         else:
             run = mixture(packed(drawn, dtype), name)
         if name != provider:

@@ -19,17 +19,18 @@ from typing import Any
 import measure
 import pytest
 import torch
+from models import (
+    adapters,
+    bare_model,
+    forward,
+    on_backend,
+    ours,
+    peer,
+    step,
+    token_ids,
+    train_fusion,
+)
 from torch import nn
-from transformers import BertConfig, BertModel
-
-import fastfusion
-from fastfusion.composition import Fuse
-
-try:
-    import adapters
-    from adapters.composition import Fuse as PeerFuse
-except ImportError:
-    adapters = None
 
 LITERAL = "reference" if adapters is None else "adapters"
 ADAPTERS = (3, 8, 16)
@@ -38,45 +39,12 @@ TRAINING_SHAPES = ((8, 128), (2, 32), (1, 16))
 TRAINING_ADAPTERS = (2, 8, 16)
 
 
-def bare_model(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    return BertModel(BertConfig(num_hidden_layers=layers)).eval()
-
-
-def ours(bare: nn.Module, count: int, backend: str | None = None) -> nn.Module:
-    """The model with `count` random adapters under an active fusion."""
-    model = copy.deepcopy(bare)
-    fastfusion.init(model, backend=backend)
-    names = [f"a{i}" for i in range(count)]
-    for name in names:
-        model.add_adapter(name, "seq_bn")
-    model.add_adapter_fusion(names)
-    model.set_active_adapters(Fuse(*names))
-    return model.eval()
-
-
-def peer(bare: nn.Module, model: nn.Module) -> nn.Module:
-    """The same in `adapters`; its state-dict keys are ours."""
-    other = copy.deepcopy(bare)
-    adapters.init(other)
-    names = list(model.adapters_config.adapters)
-    for name in names:
-        other.add_adapter(name, config="seq_bn")
-    other.add_adapter_fusion(names)
-    other.set_active_adapters(PeerFuse(*names))
-    # adapters lists the word embeddings a second time, under prompt_tuning
-    other.load_state_dict(model.state_dict(), strict=False)
-    return other.eval()
-
-
 def pair(bare: nn.Module, count: int) -> dict[str, nn.Module]:
     """Ours and the literal path."""
     model = ours(bare, count)
     if adapters is not None:
         return {"fastfusion": model, LITERAL: peer(bare, model)}
-    literal = copy.deepcopy(model)
-    literal.set_backend("reference")
-    return {"fastfusion": model, LITERAL: literal}
+    return {"fastfusion": model, LITERAL: on_backend(model, "reference")}
 
 
 def without_adapters(bare: nn.Module) -> nn.Module:
@@ -88,30 +56,10 @@ def without_adapters(bare: nn.Module) -> nn.Module:
     return model
 
 
-def forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return model(ids)[0]
-
-    return call
-
-
 def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """One step of the fusion alone; the loss stands in for a head's."""
-    if hasattr(model, "adapters_config"):
-        fuse = Fuse if hasattr(model, "model_adapters") else PeerFuse
-        model.train_adapter_fusion(fuse(*model.adapters_config.adapters))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
-
-    def call() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = model(ids)[0].square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return call
+    """One step of the fusion alone."""
+    train_fusion(model)
+    return step(model, [p for p in model.parameters() if p.requires_grad], ids)
 
 
 def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
@@ -130,10 +78,6 @@ def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
     kept = sum(storages.values())
     loss.backward()
     return kept
-
-
-def token_ids(shape: tuple[int, int]) -> torch.Tensor:
-    return torch.randint(0, 30000, shape, generator=torch.Generator().manual_seed(1))
 
 
 def compare_forward(shape: tuple[int, int], rounds: int, layers: int, compiled: bool) -> dict:

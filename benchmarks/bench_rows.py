@@ -27,17 +27,14 @@ import bench_model
 import measure
 import pytest
 import torch
+from models import adapters, bare_model, forward, on_backend, token_ids, with_adapters
 from torch import nn
 
-import fastfusion
 from fastfusion.ops import PackedWeights, adapter_fusion, adapter_fusion_grouped, stack
 from fastfusion.ops.activations import activation_code
 
-try:
-    import adapters
+if adapters is not None:
     from adapters import composition as peer_composition
-except ImportError:
-    adapters = None
 
 ROWS, LENGTH, HIDDEN, SIZE = 32, 128, 768, 48
 LAYERS, LOADED = 4, 200
@@ -120,30 +117,18 @@ def place_calls() -> Calls:
     return calls, truths
 
 
-def with_adapters(bare: nn.Module, count: int) -> nn.Module:
-    model = copy.deepcopy(bare)
-    fastfusion.init(model)
-    torch.manual_seed(0)  # the first adapters are the same, however many there are
-    for i in range(count):
-        model.add_adapter(f"a{i}", "seq_bn")
-    model.set_active_adapters("a0")
-    return model.eval()
-
-
 def row_by_row(model: nn.Module, ids: torch.Tensor, names: list[str]) -> torch.Tensor:
     """The reference, each row in a forward of its own with its adapter active."""
-    literal = copy.deepcopy(model)
-    literal.set_backend("reference")
-    outputs = []
+    literal, outputs = on_backend(model, "reference"), []
     for row, name in zip(ids.split(1), names, strict=True):
         literal.set_active_adapters(name)
-        outputs.append(bench_model.forward(literal, row)())
+        outputs.append(forward(literal, row)())
     return torch.cat(outputs)
 
 
 def model_calls(bare: nn.Module) -> Calls:
     """The whole model."""
-    ids = bench_model.token_ids((ROWS, LENGTH))
+    ids = token_ids((ROWS, LENGTH))
     one, many = with_adapters(bare, 1), with_adapters(bare, ROWS)
     shuffled = torch.randperm(ROWS, generator=torch.Generator().manual_seed(2))
     names = [f"a{i}" for i in shuffled.tolist()]
@@ -187,9 +172,9 @@ def peer(bare: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def inactive_calls(bare: nn.Module) -> Calls:
-    ids = bench_model.token_ids((8, LENGTH))
+    ids = token_ids((8, LENGTH))
     models = {f"{n} loaded": with_adapters(bare, n) for n in (1, LOADED)}
-    calls = {name: bench_model.forward(model, ids) for name, model in models.items()}
+    calls = {name: forward(model, ids) for name, model in models.items()}
     return calls, {f"{LOADED} loaded": calls["1 loaded"]()}
 
 
@@ -249,7 +234,7 @@ def main() -> None:
     options.add_argument("--only", choices=TITLES)
     arguments = options.parse_args()
     record = measure.start(arguments)
-    bare = bench_model.bare_model(LAYERS)
+    bare = bare_model(LAYERS)
     bases = {"mixture": "mixture's products", "mixture's products": "mixture's products"}
     rounds = arguments.rounds
     groups = {

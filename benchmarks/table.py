@@ -125,6 +125,80 @@ def rows() -> list[str]:
     return [*lines, f"({source(record)})", ""]
 
 
+GPU_HEAD = """Medians [20 %, 80 %] of interleaved rounds, caches flushed before each call. Eager and
+compiled calls start on an idle GPU, so their launches count; a graph's time is the GPU's alone."""
+GPU_FACTS = (
+    "architecture", "driver", "runtime", "torch", "triton", "transformers", "extension_C",
+    "extension_C_cuda", "peak_tflops", "peak_gb_s", "commit", "date",
+)  # fmt: skip
+
+
+def gpu(records: list[dict]) -> list[str]:
+    """Everything that runs of gpu.py said, the newest record of each device's stages."""
+    devices: dict[str, dict[str, dict]] = {}
+    for record in records:
+        devices.setdefault(record["device"], {})[record["stage"]] = record
+    lines = []
+    for device, stages in devices.items():
+        first = next(iter(stages.values()))
+        lines += [f"## {device}", ""]
+        if first.get("dry"):
+            lines += ["**A dry run: its times say nothing about any device.**", ""]
+        facts = [f"{name} {first[name]}" for name in GPU_FACTS if first.get(name) is not None]
+        lines += [f"({', '.join(facts)})", ""]
+        lines += [GPU_HEAD, ""]
+        for stage, record in stages.items():
+            lines += _gpu_stage(stage, record)
+    return lines
+
+
+def _gpu_stage(stage: str, record: dict) -> list[str]:
+    lines = [f"### {stage}", ""]
+    if "adapters" in record:
+        lines += [f"(adapters {record['adapters']}, transformers {record['transformers']})", ""]
+    results = record.get("results", {})
+    rows = [(title, row, result) for title, own in results.items() for row, result in own.items()]
+    agreed = [result["agreed"] for _, _, result in rows if "agreed" in result]
+    if agreed:
+        lines += [f"{sum(agreed)} of {len(agreed)} outputs agree.", ""]
+    elif results:  # under a tool that watches
+        lines += [f"{len(results)} ran.", ""]
+    for title, row, result in rows:
+        if not result.get("agreed", True):
+            lines.append(f"- disagrees: {title}, {row}: {result}")
+    if "not_run" in record:
+        lines.append(f"- not run: {record['not_run']}")
+    if "left_out" in record:
+        lines.append(f"- left out, for want of time: {'; '.join(record['left_out'])}")
+    for item, text in record.get("failed", {}).items():
+        lines.append(f"- failed: {item}: `{text.splitlines()[-1]}`")
+    if lines[-1]:
+        lines.append("")
+    for title, own in results.items():
+        if any("ms" in result or "failed" in result for result in own.values()):
+            lines += [f"{title}:", "", *_timed(own)]
+    return lines
+
+
+def _timed(results: dict[str, dict]) -> list[str]:
+    """A table of what was timed, a column for everything that any row has."""
+    last = ("tflops", "gb_s", "peak_mib", "relative_error", "agreed")
+    found = dict.fromkeys(key for result in results.values() for key in result)
+    columns = [key for key in found if key not in ("ms", "failed", *last)]
+    columns += [key for key in last if key in found]
+    rows = []
+    for name, result in results.items():
+        if "failed" in result:
+            rows.append([name, f"failed: {result['failed']}", *[""] * len(columns)])
+            continue
+        cells = [spread(result["ms"], 3)]
+        for key in columns:
+            value = result.get(key, "")
+            cells.append(spread(value) if isinstance(value, list) else str(value))
+        rows.append([name, *cells])
+    return table(["", "ms", *(key.replace("_", " ") for key in columns)], rows)
+
+
 def main() -> None:
     lines = [
         *one_place(),
@@ -137,6 +211,8 @@ def main() -> None:
         *routing(),
         *rows(),
     ]
+    if (RESULTS / "gpu.jsonl").exists():
+        lines += gpu([json.loads(line) for line in (RESULTS / "gpu.jsonl").open()])
     (ROOT / "docs" / "figures.md").write_text(HEAD + "\n" + "\n".join(lines))
 
 

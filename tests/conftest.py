@@ -1,5 +1,9 @@
+import os
+
 import pytest
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -13,6 +17,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def checked_launches():
+    """In Triton's interpreter every access of a kernel is checked: see `instrument.py`."""
+    if not INTERPRETED:
+        yield
+        return
+    from instrument import instrumented  # imports triton, which a plain run need not have
+
+    with instrumented():
+        yield
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def tensors_of(case: Case, dtype, device, scale=1.0) -> dict[str, torch.Tensor |
         return (std * scale * values).to(dtype).to(device)
 
     narrow = case.hidden**-0.5
-    w_score = randn(rows, case.hidden, std=narrow * max(case.sizes) ** -0.5)
+    w_score = randn(rows, case.hidden, std=narrow * max(1, *case.sizes) ** -0.5)
     w_out = randn(rows, case.hidden, std=0.5)
     w_out[columns + adapters :] = 0
     keep = (torch.rand(case.rows, adapters, generator=generator) > 0.3).to(dtype).to(device)

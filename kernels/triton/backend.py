@@ -2,14 +2,11 @@
 
 from torch import Tensor
 
-from fastfusion.ops.torch_backend import (
-    adapter_fusion_backward,
-    adapter_fusion_grouped_backward,
-    adapter_fusion_norm_backward,
-)
 from fastfusion.ops.weights import GroupedWeights, PackedWeights
 
 from .adapter_fusion import adapter_fusion, adapter_fusion_grouped, adapter_fusion_norm
+from .backward import adapter_fusion_backward, adapter_fusion_grouped_backward
+from .norm_backward import adapter_fusion_norm_backward
 from .tiles import DTYPES, INTERPRETED
 
 __all__ = [

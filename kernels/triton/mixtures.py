@@ -58,7 +58,7 @@ class Outputs(NamedTuple):
     summed: Tensor
     """What the LayerNorm in front sees; empty unless kept."""
     pre_norm: Tensor
-    """What the LayerNorm behind sees; empty unless kept."""
+    """What the LayerNorm behind sees, less a number for each row; empty unless kept."""
 
 
 def scored_groups(mixture: Mixture) -> tuple[bool, bool]:

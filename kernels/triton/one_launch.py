@@ -17,9 +17,10 @@ differ without padding: "the sum over an adapter's columns" and "p spread over i
 products with a one-hot [D, N] matrix. Adapters that a group has not score -inf.
 
 A LayerNorm behind needs whole rows: the second loop writes them before the norm (to `pre_norm`
-where that is kept, to `out` otherwise) and sums their statistics, a third loop reads them back and
-normalises. That is safe though it happens within one launch: a program reads only rows that it
-wrote itself, behind a barrier of its threads, which orders their accesses.
+where that is kept, to `out` otherwise), less a number near their mean, which the norm does not see
+and which would cost digits, and sums their statistics; a third loop reads them back and normalises.
+That is safe though it happens within one launch: a program reads only rows that it wrote itself,
+behind a barrier of its threads, which orders their accesses.
 
 Groups of rows (`groups.py`): a program takes an entry of the routing table's blocks: up to BLOCK_T
 rows of one group, or base rows, which are their residual. It reads and writes them where they lie.
@@ -302,15 +303,15 @@ def adapter_fusion_kernel(
                 tl.store(summed_tile, residual.to(DTYPE), mask=mask_th)
             out += residual
         if NORM:
-            centred = tl.where(mask_h[None, :], out - shift[:, None], 0.0)
-            sums += tl.sum(centred, axis=1)
-            squares += tl.sum(centred * centred, axis=1)
+            out = tl.where(mask_h[None, :], out - shift[:, None], 0.0)
+            sums += tl.sum(out, axis=1)
+            squares += tl.sum(out * out, axis=1)
         kept_tile = kept_ptr + rows[:, None] * H + offs_h[None, :]
         tl.store(kept_tile, out.to(DTYPE), mask=mask_th)
     if NORM:
         mean, rstd = statistics(sums, squares, ln_eps, H)
         normalise_rows(
-            kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean + shift, rstd,
+            kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean, rstd,
             H, BLOCK_H,
         )  # fmt: skip
 

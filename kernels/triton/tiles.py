@@ -57,12 +57,49 @@ def activation(x, CODE: tl.constexpr):
 
 
 @triton.jit
+def activation_derivative(x, CODE: tl.constexpr):
+    """As PyTorch has it where the function has a kink: 0 for relu, 0.01 for leaky_relu."""
+    if CODE == RELU:
+        return tl.where(x <= 0, 0.0, 1.0)
+    elif CODE == GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif CODE == GELU_NEW:
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif CODE == SILU:
+        s = tl.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    elif CODE == TANH:
+        y = _tanh(x)
+        return 1.0 - y * y
+    elif CODE == SIGMOID:
+        s = tl.sigmoid(x)
+        return s * (1.0 - s)
+    elif CODE == LEAKY_RELU:
+        return tl.where(x > 0, 1.0, 0.01)
+    else:
+        tl.static_assert(CODE == LINEAR, "an activation that this kernel has not")
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def activate(pre, code, CODES: tl.constexpr):
     """Each column's own activation: one pass for each code that occurs."""
     z = activation(pre, CODES[0])
     for j in tl.static_range(1, len(CODES)):
         z = tl.where((code == CODES[j])[None, :], activation(pre, CODES[j]), z)
     return z
+
+
+@triton.jit
+def activate_backward(dz, pre, code, CODES: tl.constexpr):
+    """The gradient of `pre`, from that of `activate(pre, code, CODES)`."""
+    derivative = activation_derivative(pre, CODES[0])
+    for j in tl.static_range(1, len(CODES)):
+        own = (code == CODES[j])[None, :]
+        derivative = tl.where(own, activation_derivative(pre, CODES[j]), derivative)
+    return dz * derivative
 
 
 @triton.jit

@@ -228,7 +228,7 @@ def adapter_output_kernel(
     ln_weight_ptr,  # [H], or None: no norm here
     ln_bias_ptr,
     summed_ptr,  # [num_rows, H], or None: not kept
-    kept_ptr,  # [num_rows, H]: the rows before the norm
+    kept_ptr,  # [num_rows, H]: the rows before a norm, less `row_shift`; or out
     out_ptr,  # [num_rows, H]
     p_ptr,  # [num_rows, num_scored]
     num_rows,
@@ -277,7 +277,7 @@ def adapter_output_kernel(
                     num_scored, PARTS, BLOCK_T, BLOCK_N,
                 )  # fmt: skip
     shift = tl.zeros([BLOCK_T], tl.float32)
-    if NORM:
+    if x_ptr is not None:
         shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H, BLOCK_H)
     sums = tl.zeros([BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
@@ -321,10 +321,10 @@ def adapter_output_kernel(
                 summed_tile = summed_ptr + rows[:, None] * H + offs_h[None, :]
                 tl.store(summed_tile, residual.to(DTYPE), mask=mask_th)
             out += residual
-        if NORM:
-            centred = tl.where(mask_h[None, :], out - shift[:, None], 0.0)
-            sums += tl.sum(centred, axis=1)
-            squares += tl.sum(centred * centred, axis=1)
+        if x_ptr is not None:
+            out = tl.where(mask_h[None, :], out - shift[:, None], 0.0)
+            sums += tl.sum(out, axis=1)
+            squares += tl.sum(out * out, axis=1)
         tl.store(kept_ptr + rows[:, None] * H + offs_h[None, :], out.to(DTYPE), mask=mask_th)
     if parts_ptr is not None:
         if first_tile == 0:
@@ -337,7 +337,7 @@ def adapter_output_kernel(
     if NORM:
         mean, rstd = statistics(sums, squares, ln_eps, H)
         normalise_rows(
-            kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean + shift, rstd,
+            kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean, rstd,
             H, BLOCK_H,
         )  # fmt: skip
 

@@ -1,0 +1,204 @@
+"""The Triton forward in the interpreter: every schedule, the sizes it is for, and its norms."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton")
+
+from fastfusion.kernels.triton import backend as triton_backend  # noqa: E402
+from fastfusion.kernels.triton import schedules  # noqa: E402
+from fastfusion.ops import torch_backend  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter"),
+    pytest.mark.usefixtures("poisoned_empty"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCHEDULES = {
+    "one launch": "one_launch",
+    "two launches": "two_launches",
+    "norm in a launch of its own": "two_launches",
+    "few rows": "two_launches",
+}
+SMALL = {"BLOCK_T": 32, "BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_H": 64, "num_warps": 4}
+BLOCKS = {
+    "one launch": {
+        "BLOCK_T": 64,
+        "BLOCK_K": 32,
+        "BLOCK_H": 64,
+        "num_warps": 8,
+        "max_columns": 4096,
+    },
+    "two launches": {**SMALL, "SWAPPED": False, "FUSED_NORM": True},
+    "norm in a launch of its own": {**SMALL, "SWAPPED": False, "FUSED_NORM": False},
+    "few rows": {**SMALL, "BLOCK_T": 16, "BLOCK_D": 16, "SWAPPED": True, "FUSED_NORM": False},
+}
+
+
+@pytest.fixture(params=BLOCKS)
+def planned(request, monkeypatch):
+    """Every call takes one schedule, whatever its sizes are."""
+    blocks = {"num_stages": 1, **BLOCKS[request.param]}
+    names = [f"{kind}{suffix}" for kind in ("one_launch", "two_launches") for suffix in SUFFIXES]
+    table = []
+    for name in names:
+        is_chosen = name.startswith(SCHEDULES[request.param])
+        is_one = name.startswith("one_launch")
+        if is_chosen or is_one:
+            entry = blocks if is_chosen else {"max_columns": 0}
+            table.append(
+                {"schedules": [name], "archs": ["interpreter"], "bits": [16, 32], "blocks": entry}
+            )
+    schedules.schedule.cache_clear()
+    monkeypatch.setattr(schedules, "table", lambda: tuple(table))
+    yield request.param
+    schedules.schedule.cache_clear()
+
+
+SUFFIXES = ("", "_norm", "_general")
+
+
+def call(rows, hidden, sizes, dtype, *, score=True, mask=False, temperature=None):
+    """The tensors of `adapter_fusion_norm`, at the sizes that a trained model has."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    columns, adapters = sum(sizes), len(sizes)
+    weights = [
+        randn(columns, hidden, std=hidden**-0.5),
+        randn(columns, std=0.1),
+        randn(columns + adapters, hidden, std=(hidden * max(sizes)) ** -0.5) if score else None,
+        randn(columns + adapters, std=0.3) if score else None,
+        randn(columns + adapters, hidden, std=0.1),
+        None if temperature is None else torch.tensor(temperature),
+        (torch.rand(rows, adapters, generator=generator) > 0.3).float() / 0.7 if mask else None,
+    ]
+    return {
+        "x": randn(rows, hidden),
+        "residual": randn(rows, hidden),
+        "ln_weight": 1 + randn(hidden, std=0.1),
+        "ln_bias": randn(hidden, std=0.1),
+        "weights": weights,
+        "layout": (list(sizes), [1] * adapters),
+    }
+
+
+def as_double(given: dict) -> dict:
+    def double(value):
+        return value.double() if isinstance(value, torch.Tensor) else value
+
+    found = {name: double(value) for name, value in given.items()}
+    return {**found, "weights": [double(weight) for weight in given["weights"]]}
+
+
+def plain(backend, given):
+    return backend.adapter_fusion(
+        [given["x"]], None, given["residual"], *given["weights"], None, *given["layout"]
+    )
+
+
+def norm(backend, given, ln_before, save):
+    out, p, summed, pre_norm = backend.adapter_fusion_norm(
+        given["x"], given["residual"], given["ln_weight"], given["ln_bias"], 1e-5, ln_before,
+        *given["weights"], *given["layout"], save,
+    )  # fmt: skip
+    if save:  # kept up to a number for each row, which the norm does not see
+        pre_norm = pre_norm - pre_norm.mean(-1, keepdim=True)
+    return out, p, summed, pre_norm
+
+
+def assert_as_good(results, literal, truth, factor=2.0) -> None:
+    """The three-way rule: not much worse than PyTorch in the same dtype. Twice its error, as both
+    sum in another order and one may be lucky, and four roundings of the largest value."""
+    for value, other, expected in zip(results, literal, truth, strict=True):
+        assert value.shape == expected.shape
+        if expected.numel() == 0:
+            continue
+        assert value.isfinite().all()
+        allowed = factor * (other.double() - expected).abs().max()
+        allowed += 4 * torch.finfo(value.dtype).eps * expected.abs().max()
+        assert (value.double() - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.mark.parametrize("case", ["plain", "after", "before-and-after", "kept", "single", "mask"])
+def test_every_schedule(planned, case, dtype):
+    """41 rows: no block is full; 100 columns of H: the last tiles are not either."""
+    given = call(
+        41, 100, (24, 7, 33), dtype, score=case != "single", mask=case == "mask",
+        temperature=2.0 if case == "mask" else None,
+    )  # fmt: skip
+    double = as_double(given)
+    if case == "plain":
+        found = [plain(b, g) for b, g in with_backends(given, double)]
+    else:
+        options = (case != "after", case == "kept")
+        found = [norm(b, g, *options) for b, g in with_backends(given, double)]
+    assert_as_good(*found)
+
+
+def with_backends(given, double):
+    return [(triton_backend, given), (torch_backend, given), (torch_backend, double)]
+
+
+@pytest.mark.parametrize(
+    "hidden, sizes",
+    [(64, (4,) * 64), (384, (24,) * 4), (768, (48,) * 3), (1600, (512, 4, 65)), (8192, (16,))],
+    ids=str,
+)
+def test_sizes(planned, hidden, sizes):
+    given = call(5, hidden, sizes, torch.bfloat16)
+    double = as_double(given)
+    for ln_before in (True, False):
+        assert_as_good(*(norm(b, g, ln_before, False) for b, g in with_backends(given, double)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.mark.parametrize("mean", [30.0, -1000.0])
+def test_norm_of_rows_far_from_zero(planned, mean, dtype):
+    """The absorbed LayerNorm subtracts what the rows have in common before it multiplies. The rows
+    are exact in every dtype, so that what is measured is the op."""
+    given = call(19, 64, (8, 8), dtype)
+    spread = torch.randint(-4, 5, (19, 64), generator=torch.Generator().manual_seed(0))
+    given["x"] = (spread * 8 + mean).to(dtype)
+    given["residual"] = torch.full((19, 64), mean).to(dtype)
+    double = as_double(given)
+    assert_as_good(*(norm(b, g, True, False) for b, g in with_backends(given, double)))
+
+
+def test_constant_rows(planned):
+    """A row without variance is its bias, as in PyTorch; nothing is divided by zero."""
+    given = call(3, 64, (8,), torch.float32)
+    given["x"], given["residual"] = torch.full((3, 64), 2.5), torch.full((3, 64), -0.5)
+    given["weights"][4].zero_()
+    out = norm(triton_backend, given, True, False)[0]
+    expected = F.layer_norm(torch.full((3, 64), 2.0), [64], given["ln_weight"], given["ln_bias"])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+def test_three_products_in_tf32(planned):
+    """With `torch.set_float32_matmul_precision("high")` fp32 is multiplied as three tf32 products:
+    nearly as good as in full, and not one product in tf32 (1e-3)."""
+    given = call(41, 100, (24, 7, 33), torch.float32)
+    truth = plain(torch_backend, as_double(given))[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        out = plain(triton_backend, given)[0]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (out - truth).abs().max() <= 4e-6 * truth.abs().max()
+
+
+def test_no_entry(monkeypatch):
+    schedules.schedule.cache_clear()
+    monkeypatch.setattr(schedules, "table", lambda: ())
+    with pytest.raises(ValueError, match="no entry 'one_launch' for interpreter, 32 bits, 5 rows"):
+        plain(triton_backend, call(5, 16, (4,), torch.float32))
+    schedules.schedule.cache_clear()
