@@ -63,7 +63,7 @@ def tune(
     ] = None,
     op: Annotated[
         list[str] | None,
-        typer.Option(help="plain, norm, query or groups; again for more. Default: all."),
+        typer.Option(help="plain, norm, query, groups or backward; again for more. Default: all."),
     ] = None,
 ) -> None:
     """Measure the schedules of this GPU and write a table with them.

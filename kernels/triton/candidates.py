@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+from .schedule_files import SAME_ROWS
+
 Blocks = dict[str, int]
 
 LARGEST_TILE = 256
@@ -27,9 +29,11 @@ def _neighbours(schedule: str, blocks: Blocks) -> Iterator[Blocks]:
         # without a norm FUSED_NORM says nothing
         if name == "max_columns" or (name == "FUSED_NORM" and not schedule.endswith("_norm")):
             continue
+        if name == "BLOCK_T" and schedule in SAME_ROWS:
+            continue
         for other in _steps(name, value):
             yield {**blocks, name: other}
-    if {"BLOCK_T", "num_warps"} <= set(blocks):
+    if "BLOCK_T" in blocks and schedule not in SAME_ROWS:
         rows, warps = (_steps(name, blocks[name]) for name in ("BLOCK_T", "num_warps"))
         for n, w in itertools.product(rows, warps):
             if (n < blocks["BLOCK_T"]) == (w < blocks["num_warps"]):
@@ -48,7 +52,9 @@ def _all(
     yield blocks
     if "max_columns" not in blocks:
         yield from _neighbours(schedule, blocks)
-        yield from elsewhere
+        for found in elsewhere:
+            if schedule not in SAME_ROWS or found["BLOCK_T"] == blocks["BLOCK_T"]:
+                yield found
         return
     border = blocks["max_columns"]
     tiled = [found for found in (blocks, *elsewhere) if len(found) > 1]

@@ -27,8 +27,14 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "two_launches": _TWO_LAUNCHES,
     "two_launches_norm": _TWO_LAUNCHES,
     "two_launches_general": _TWO_LAUNCHES,
+    "backward_columns": ("BLOCK_T", "BLOCK_D", "BLOCK_K", "num_warps", "num_stages"),
+    "backward_scores": ("BLOCK_T", "BLOCK_D", "num_warps", "num_stages"),
+    "backward_input": ("BLOCK_T", "BLOCK_K", "BLOCK_H", "num_warps", "num_stages"),
+    "backward_weights": ("BLOCK_M", "BLOCK_K", "BLOCK_H", "num_warps", "num_stages"),
 }
 """The blocks of every schedule. `max_columns: 0`, which no call fits, needs no others."""
+SAME_ROWS = ("backward_columns", "backward_scores", "backward_input")
+"""Launches over one list of row blocks: their BLOCK_T is the same in every call."""
 ARCHS = ("interpreter", "sm_", "gfx")
 FIELDS = ("schedules", "archs", "bits", "min_rows", "max_rows", "blocks", "origin")
 ORIGIN = ("device", "driver", "torch", "triton", "commit", "date", "median_us", "derived_us")

@@ -133,9 +133,7 @@ def _entry(unit: Unit, arch: str, blocks: Blocks) -> dict[str, Any]:
     return {"schedules": [unit.name], "archs": [arch], "bits": [unit.bits], "blocks": blocks}
 
 
-def _run(
-    call: Call, case: Case, device: torch.device
-) -> tuple[tuple[torch.Tensor, ...], int] | str:
+def _run(call: Call, case: Case, device: torch.device) -> tuple[dict[str, torch.Tensor], int] | str:
     """A call's results on this backend, and how many registers its kernels spill; or why there are
     none."""
     try:

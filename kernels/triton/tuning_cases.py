@@ -11,6 +11,7 @@ from fastfusion.ops import (
     adapter_fusion,
     adapter_fusion_grouped,
     adapter_fusion_norm,
+    backends,
     stack,
 )
 from fastfusion.ops.activations import activation_code
@@ -18,17 +19,17 @@ from fastfusion.ops.activations import activation_code
 from .schedules import width
 from .tiles import DTYPES
 
-OPS = ("plain", "norm", "query", "groups")
+OPS = ("plain", "norm", "query", "groups", "backward")
 # both sum the same terms in another order; a call of few terms has no error in plain PyTorch
 FACTOR, ROUNDINGS = 2, 4
 
 
 class Case(NamedTuple):
-    """A call of the forward."""
+    """A call of the forward, or of the backward."""
 
     op: str
     """ "plain"; "norm", LayerNorms around the mixture; "query", one of its own; "groups", rows with
-    the fusion and rows with its first adapter alone."""
+    the fusion and rows with its first adapter alone; "backward", the gradients of "plain"."""
     hidden_size: int
     sizes: tuple[int, ...]
     num_rows: int
@@ -77,8 +78,11 @@ def cases(
     ]
 
 
-Call = Callable[[str, torch.dtype], tuple[Tensor, ...]]
-"""out and p on a backend, computed in a dtype from the same numbers."""
+Call = Callable[[str, torch.dtype], dict[str, Tensor]]
+"""The results by name on a backend, computed in a dtype from the same numbers."""
+GRADIENTS = ("dx", "dquery", "dw_down", "db_down", "dw_score", "db_score", "dw_out", "doffset")
+NEEDED = (True, False, True, True, True, False)
+"""What a backward computes: of x, query, the down weights, the score weights, w_out, an offset."""
 
 
 def call_of(case: Case, device: torch.device) -> Call:
@@ -109,27 +113,39 @@ def call_of(case: Case, device: torch.device) -> Call:
     def in_dtype(dtype: torch.dtype) -> tuple:
         tensors = [None if t is None else t.to(dtype) for t in (x, residual, query, gamma, beta)]
         fusion = PackedWeights(*(t.to(dtype) for t in parameters), None, sizes, codes)
+        if case.op == "backward":
+            _, p = adapter_fusion([tensors[0]], None, None, fusion, backend="torch")
+            return *tensors, fusion, p
         if case.op != "groups":
-            return *tensors, fusion
+            return *tensors, fusion, None
         w_out = torch.cat([fusion.w_out[:first], fusion.w_out[columns : columns + 1]])
         alone = PackedWeights(
             fusion.w_down[:first], fusion.b_down[:first], None, None, w_out, None,
             sizes[:1], codes[:1],
         )  # fmt: skip
-        return *tensors, stack([fusion, alone])
+        return *tensors, stack([fusion, alone]), None
 
     given = in_dtype(case.dtype)  # once: it is not what is timed
 
     @torch.no_grad()
-    def call(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def call(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         own = given if dtype == case.dtype else in_dtype(dtype)
-        x, residual, query, gamma, beta, weights = own
+        x, residual, query, gamma, beta, weights, p = own
+        if case.op == "backward":
+            *tensors, temperature, sizes, codes = weights
+            backward = backends.load(backend).adapter_fusion_backward
+            gradients = backward(
+                residual, [x], None, *tensors, temperature, None, p, sizes, codes, NEEDED
+            )
+            return {k: v for k, v in zip(GRADIENTS, gradients, strict=True) if v.numel() > 0}
         if case.op == "norm":
             norm = (gamma, beta, 1e-12, True)
-            return adapter_fusion_norm(x, residual, *norm, weights, backend=backend)
-        if case.op == "groups":
-            return adapter_fusion_grouped(x, residual, ids, weights, backend=backend)
-        return adapter_fusion([x], query, residual, weights, backend=backend)
+            out, p = adapter_fusion_norm(x, residual, *norm, weights, backend=backend)
+        elif case.op == "groups":
+            out, p = adapter_fusion_grouped(x, residual, ids, weights, backend=backend)
+        else:
+            out, p = adapter_fusion([x], query, residual, weights, backend=backend)
+        return {"out": out, "p": p}
 
     return call
 
@@ -137,16 +153,15 @@ def call_of(case: Case, device: torch.device) -> Call:
 class Expected(NamedTuple):
     """What a call's results are held against."""
 
-    truth: tuple[Tensor, ...]
+    truth: dict[str, Tensor]
     """Of the `torch` backend in fp64."""
-    allowed: tuple[float, ...]
+    allowed: dict[str, float]
     """The largest error of each."""
 
-    def fault(self, results: tuple[Tensor, ...]) -> str | None:
+    def fault(self, results: dict[str, Tensor]) -> str | None:
         """What is wrong with results, or None."""
-        named = zip(("out", "p"), results, self.truth, self.allowed, strict=True)
-        for name, result, truth, allowed in named:
-            error = (result.double() - truth).abs().max().item()
+        for name, truth in self.truth.items():
+            error, allowed = (results[name].double() - truth).abs().max().item(), self.allowed[name]
             if not error <= allowed:  # a NaN is wrong too
                 return f"{name} is wrong: error {error:.1e}, allowed {allowed:.1e}"
         return None
@@ -156,9 +171,9 @@ def expected_of(case: Case, call: Call) -> Expected:
     """The error allowed is `FACTOR` times that of the `torch` backend in the case's dtype, and
     `ROUNDINGS` of the largest value."""
     truth = call("torch", torch.float64)
-    allowed = []
-    for plain, true in zip(call("torch", case.dtype), truth, strict=True):
-        rounding = torch.finfo(case.dtype).eps * true.abs().max().item()
-        error = (plain.double() - true).abs().max().item()
-        allowed.append(FACTOR * error + ROUNDINGS * rounding)
-    return Expected(truth, tuple(allowed))
+    allowed = {}
+    for name, plain in call("torch", case.dtype).items():
+        rounding = torch.finfo(case.dtype).eps * truth[name].abs().max().item()
+        error = (plain.double() - truth[name]).abs().max().item()
+        allowed[name] = FACTOR * error + ROUNDINGS * rounding
+    return Expected(truth, allowed)
