@@ -18,48 +18,37 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ONE = {
+    "max_columns": 4096, "BLOCK_T": 64, "BLOCK_K": 32, "BLOCK_H": 64, "num_warps": 8,
+    "num_stages": 1,
+}  # fmt: skip
+TWO = {
+    "BLOCK_T": 32, "BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_H": 64, "SWAPPED": False,
+    "FUSED_NORM": True, "columns_num_warps": 4, "num_warps": 4, "num_stages": 1,
+}  # fmt: skip
+FEW = {"BLOCK_T": 16, "BLOCK_D": 16, "SWAPPED": True, "FUSED_NORM": False}
 SCHEDULES = {
-    "one launch": "one_launch",
-    "two launches": "two_launches",
-    "norm in a launch of its own": "two_launches",
-    "few rows": "two_launches",
-}
-SMALL = {"BLOCK_T": 32, "BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_H": 64, "num_warps": 4}
-BLOCKS = {
-    "one launch": {
-        "BLOCK_T": 64,
-        "BLOCK_K": 32,
-        "BLOCK_H": 64,
-        "num_warps": 8,
-        "max_columns": 4096,
-    },
-    "two launches": {**SMALL, "SWAPPED": False, "FUSED_NORM": True},
-    "norm in a launch of its own": {**SMALL, "SWAPPED": False, "FUSED_NORM": False},
-    "few rows": {**SMALL, "BLOCK_T": 16, "BLOCK_D": 16, "SWAPPED": True, "FUSED_NORM": False},
+    "one launch": (ONE, TWO),
+    "two launches": ({"max_columns": 0}, TWO),
+    "norm in a launch of its own": ({"max_columns": 0}, {**TWO, "FUSED_NORM": False}),
+    "few rows": ({"max_columns": 0}, {**TWO, **FEW}),
 }
 
 
-@pytest.fixture(params=BLOCKS)
-def planned(request, monkeypatch):
+@pytest.fixture(params=SCHEDULES)
+def planned(request):
     """Every call takes one schedule, whatever its sizes are."""
-    blocks = {"num_stages": 1, **BLOCKS[request.param]}
-    names = [f"{kind}{suffix}" for kind in ("one_launch", "two_launches") for suffix in SUFFIXES]
-    table = []
-    for name in names:
-        is_chosen = name.startswith(SCHEDULES[request.param])
-        is_one = name.startswith("one_launch")
-        if is_chosen or is_one:
-            entry = blocks if is_chosen else {"max_columns": 0}
-            table.append(
-                {"schedules": [name], "archs": ["interpreter"], "bits": [16, 32], "blocks": entry}
-            )
-    schedules.schedule.cache_clear()
-    monkeypatch.setattr(schedules, "table", lambda: tuple(table))
-    yield request.param
-    schedules.schedule.cache_clear()
-
-
-SUFFIXES = ("", "_norm", "_general")
+    one, two = SCHEDULES[request.param]
+    names = {
+        "one_launch": one, "one_launch_norm": one,
+        "two_launches": two, "two_launches_norm": two, "two_launches_general": two,
+    }  # fmt: skip
+    entries = [
+        {"schedules": [name], "archs": ["interpreter"], "bits": [16, 32], "blocks": blocks}
+        for name, blocks in names.items()
+    ]
+    with schedules.first(*entries):
+        yield request.param
 
 
 def call(rows, hidden, sizes, dtype, *, score=True, mask=False, temperature=None):
@@ -194,11 +183,3 @@ def test_three_products_in_tf32(planned):
     finally:
         torch.set_float32_matmul_precision(before)
     assert (out - truth).abs().max() <= 4e-6 * truth.abs().max()
-
-
-def test_no_entry(monkeypatch):
-    schedules.schedule.cache_clear()
-    monkeypatch.setattr(schedules, "table", lambda: ())
-    with pytest.raises(ValueError, match="no entry 'one_launch' for interpreter, 32 bits, 5 rows"):
-        plain(triton_backend, call(5, 16, (4,), torch.float32))
-    schedules.schedule.cache_clear()

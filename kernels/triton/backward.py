@@ -49,6 +49,7 @@ from fastfusion.ops.weights import layouts
 
 from .adapter_fusion import starts as group_starts
 from .groups import Start, rows_of, tables, wide_columns, widest
+from .schedule_files import SAME_ROWS
 from .schedules import schedule, target_of
 from .tiles import (
     activate,
@@ -419,6 +420,9 @@ def _mixture(
         kernel: schedule(f"backward_{kernel}", dtype, target, num_rows)
         for kernel in ("columns", "scores", "input", "weights")
     }
+    of_rows = {name: blocks[name.removeprefix("backward_")]["BLOCK_T"] for name in SAME_ROWS}
+    if len(set(of_rows.values())) > 1:
+        raise ValueError(f"schedules: expected one BLOCK_T for {num_rows} rows; got {of_rows}")
     block_t, block_d = blocks["columns"]["BLOCK_T"], blocks["columns"]["BLOCK_D"]
     layout = tuple(tuple(part) for part in (starts, counts, sizes, activations))
     found = tables(*layout, block_d, device)

@@ -1,5 +1,8 @@
 """What the kernels share: activations, products of tiles, and how they are launched."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ import triton
 import triton.language as tl
 from fastfusion.ops.activations import activation_code
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 
 from . import interpreter
 
@@ -153,12 +157,30 @@ def precision(target: GPUTarget | None) -> str:
     return "tf32x3" if target is None or target.backend == "cuda" else "ieee"
 
 
+# Of the process, not of a thread: autograd's threads launch kernels too.
+_watchers: list[list[CompiledKernel]] = []
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[list[CompiledKernel]]:
+    """The kernels that are launched inside, as compiled for them; none in the interpreter."""
+    found: list[CompiledKernel] = []
+    _watchers.append(found)
+    try:
+        yield found
+    finally:
+        _watchers[:] = [watcher for watcher in _watchers if watcher is not found]
+
+
 def launch(kernel: triton.JITFunction, programs: int, arguments: dict) -> None:
     """The kernel on the device of its tensors; nothing where there is nothing to do."""
     if programs > 0:
         tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(tensor):
-            kernel[(programs,)](**arguments)
+            compiled = kernel[(programs,)](**arguments)
+        if compiled is not None:
+            for watcher in _watchers:
+                watcher.append(compiled)
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:

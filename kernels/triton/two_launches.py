@@ -358,6 +358,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     blocks = dict(schedule(schedule_of(mixture), x.dtype, target, num_rows))
     fused_norm = blocks.pop("FUSED_NORM") and norm is not None
     block_d, block_h = blocks.pop("BLOCK_D"), blocks.pop("BLOCK_H")
+    columns_num_warps = blocks.pop("columns_num_warps")
     layout = (mixture.starts, mixture.counts, mixture.sizes, mixture.activations)
     found = tables(*map(tuple, layout), block_d, x.device)
     order, block_table, row_blocks = None, None, triton.cdiv(num_rows, blocks["BLOCK_T"])
@@ -405,6 +406,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "MIXED": is_mixed,
         "BLOCK_D": block_d,
         "BLOCK_A": padded(found.tile_adapters),
+        "num_warps": columns_num_warps,
     }
     kept = outputs.out if norm is None or not norm.save else outputs.pre_norm
     second = {
