@@ -7,7 +7,8 @@
 Needs an NVIDIA or AMD GPU, a checkout on PYTHONPATH or installed, torch from 2.11, triton from 3.6,
 no network and no extension. Every stage has a share of the minutes and runs in processes of its own
 (`gpu_stage.py`): one that hangs is ended, one that dies is started again behind the item that it
-died in. The results say what was left out, what failed, and what was not run and why. A dry run
+died in. The results say what was left out, what failed, and what was not run and why. The schedules
+that the tuning measured serve the stages behind it, and are left beside the results. A dry run
 takes CPU tensors of tiny shapes through Triton's interpreter; its times mean nothing, are marked,
 and go to a file only if one is named.
 
@@ -124,6 +125,8 @@ class Runner:
         self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if is_dry:
             self.environment["TRITON_INTERPRET"] = "1"
+        self.tuned = scratch / "schedules.json"
+        self.environment["FASTFUSION_TUNED"] = str(self.tuned)
 
     def run(self, stage: Stage, share: float) -> Outcome:
         """A stage, in its share of the time that is left."""
@@ -139,12 +142,14 @@ class Runner:
                     outcome.results |= part.results
                     outcome.left_out += part.left_out
                     outcome.failed |= part.failed
-                    outcome.not_run, outcome.versions = part.not_run, part.versions
+                    outcome.versions = part.versions
             except (KeyboardInterrupt, SystemExit):  # sessions of their own: no signal reached them
                 self.is_interrupted = True
                 for process in list(self.running):
                     os.killpg(process.pid, signal.SIGKILL)
                 raise
+        if self.tuned.exists():
+            self.environment["FASTFUSION_SCHEDULES"] = str(self.tuned)
         return outcome
 
     def _run_part(self, stage: Stage, number: int, deadline: float) -> Outcome:
@@ -159,7 +164,6 @@ class Runner:
             lines = report.read_text().split("\n")[:-1] if report.exists() else []
             began = None
             for entry in map(json.loads, lines):
-                outcome.not_run = entry.get("not_run", outcome.not_run)
                 names = entry.get("items", names)
                 outcome.versions = entry.get("versions", outcome.versions)
                 began = entry.get("began", began)
@@ -259,6 +263,8 @@ def main() -> int:
                     file.write(json.dumps(records[-1]) + "\n")
             is_bad |= bool(outcome.failed or outcome.faults())
             is_bad |= arguments.dry_run and bool(outcome.left_out)
+        if output is not None and runner.tuned.exists():
+            shutil.copy(runner.tuned, output.with_name(f"{output.stem}-schedules.json"))
     print("\n".join(table.gpu(records)))
     return int(is_bad)
 

@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,6 @@ import torch
 from device import GPU, DryRun, open_device
 
 Items = dict[str, Callable[[], dict[str, Any]]]
-
-
-class NotRun(Exception):
-    """A stage that has nothing to run here, and why."""
 
 
 def environment(device: GPU | DryRun) -> Items:
@@ -77,8 +74,34 @@ def sanitize(device: GPU | DryRun) -> Items:
 
 
 def tune(device: GPU | DryRun) -> Items:
-    """Where the tuner is called, before anything is timed."""
-    raise NotRun("fastfusion has no tuner yet")
+    """Schedules measured here, in a new table that FASTFUSION_TUNED names."""
+    from fastfusion.kernels.triton import (
+        device_timer,
+        schedule_files,
+        schedules,
+        tuning,
+        tuning_cases,
+    )
+
+    def measured() -> dict[str, Any]:
+        if device.is_dry:
+            cases = tuning_cases.cases(32, [(4, 4)], [5], [torch.bfloat16])
+            minutes = 0.1
+
+            def timer(calls):
+                return {name: 1e3 * device.timed(call) for name, call in calls.items()}
+        else:
+            cases = tuning_cases.cases(num_rows=(16384, 1024), dtypes=(torch.bfloat16,))
+            minutes = 1.0
+            timer = device_timer.DeviceTimer(device.device)
+        found = tuning.tune(cases, device.device, timer, minutes, say=lambda told: None)
+        table = schedule_files.refreshed(schedules.loaded(), found.entries)
+        schedule_files.write(Path(os.environ["FASTFUSION_TUNED"]), table)
+        counts = {"timed": found.timed, "dropped": len(found.dropped), "untried": found.untried}
+        counts |= {"entries": found.entries, "unreached": found.unreached}
+        return {"schedules": counts | ({"failed": found.failed} if found.failed else {})}
+
+    return {"schedules": measured}
 
 
 def time_ops(device: GPU | DryRun) -> Items:
@@ -115,11 +138,7 @@ def main() -> None:
     options.add_argument("--skip", type=int, default=0, help="items of the part that have been run")
     arguments = options.parse_args()
     start, step = map(int, arguments.part.split("/"))
-    try:
-        items = STAGES[arguments.stage](open_device(arguments.dry_run))
-    except NotRun as reason:
-        measure.append(arguments.report, {"not_run": str(reason)})
-        return
+    items = STAGES[arguments.stage](open_device(arguments.dry_run))
     names = list(items)[start::step]
     measure.append(arguments.report, {"items": names, "versions": measure.versions()})
     for name in names[arguments.skip :]:

@@ -164,12 +164,6 @@ def test_a_stage_reports_each_item_of_its_part(tmp_path, monkeypatch):
     assert [line.get("began") or line["done"] for line in lines[1:]] == ["d", "d", "f", "f"]
     assert lines[2]["results"] == {"triton": {"of": "d"}}
 
-    def nothing(device):
-        raise gpu_stage.NotRun("no reason")
-
-    monkeypatch.setitem(gpu_stage.STAGES, "ops", nothing)
-    assert report("--part", "0/1") == [{"not_run": "no reason"}]
-
 
 def test_results_make_a_table():
     timed = {

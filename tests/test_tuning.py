@@ -230,6 +230,12 @@ def test_candidates_of_every_entry(name, widths):
 
 
 @kernel_free
+def test_a_call_that_no_entry_serves():
+    with pytest.raises(ValueError, match="no entry 'two_launches' for sm_90, 64 bits, 5 rows"):
+        schedules.schedule("two_launches", torch.float64, SM_90, 5)
+
+
+@kernel_free
 def test_candidates_are_near():
     found = candidates("two_launches_norm", TWO, [], [160], 100)
     changed = [{k for k in TWO if blocks[k] != TWO[k]} for blocks in found[1:]]
