@@ -36,8 +36,8 @@ BERT = ((48,) * 3,)
 WIDE = ((48,) * 8,)  # beyond one launch
 GROUPS = ((48,) * 3, (48, 24), (48,))
 WIDE_GROUPS = ((48,) * 8, (48, 24), (48,))
-FEW = 8
-"""Rows of a decoding step."""
+FEW, SOME = 8, 1024
+"""Rows of a decoding step, and of a small batch."""
 
 
 def _case(op: str, groups: tuple, *flags: str, target: str = "sm_90", **rest: Any) -> Case:
@@ -62,10 +62,7 @@ NAMED: tuple[Case, ...] = (
         for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     ),
     *(_case("plain", BERT, dtype="fp32", target=target) for target in ("sm_90", "gfx942")),
-    *(
-        _case("plain", BERT, "high", dtype="fp32", target=target)
-        for target in ("sm_80", "sm_90", "sm_100", "sm_120")
-    ),
+    _case("plain", BERT, "high", dtype="fp32"),
     _case("plain", ((24,) * 4,), hidden=384, target="sm_80"),
     _case("plain", ((48, 24, 16),), "activations", "mask", "temperature", "offset", hidden=1600),
     _case("plain", BERT, "query"),
@@ -74,7 +71,8 @@ NAMED: tuple[Case, ...] = (
     _case("plain", ((64,) * 64,), "query", hidden=8192),
     _case("plain", WIDE, dtype="fp32"),
     _case("norm", BERT, "ln_before", "save"),
-    _case("grouped", GROUPS, dtype="fp32"),
+    *(_case("norm", WIDE, "ln_before", rows=SOME, target=target) for target in ("sm_90", "gfx942")),
+    _case("plain", WIDE, "backward", rows=SOME),
     _case("grouped", GROUPS, "mask", "activations", dtype="fp16"),
     _case("grouped", ((48,) * 3, (48, 24)), "unscored"),
     _case("grouped", WIDE_GROUPS, "mask"),
@@ -87,10 +85,13 @@ NAMED: tuple[Case, ...] = (
 HIDDEN, SIZES, COUNTS = (64, 384, 768, 1024, 1600, 8192), (4, 48, 64, 256, 512), (1, 3, 8, 16, 64)
 CALLS = (
     ("plain", (), 16384),
+    ("plain", (), SOME),
     ("plain", (), FEW),
-    ("norm", (), 16384),
+    ("norm", ("ln_before",), 16384),
+    ("norm", ("ln_before",), SOME),
     ("grouped", (), 16384),
     ("plain", ("backward",), 16384),
+    ("plain", ("backward",), SOME),
     ("norm", ("backward",), 16384),
     ("grouped", ("backward",), 16384),
 )

@@ -75,11 +75,12 @@ def literal(drawn: Drawn) -> Callable:
 
 
 def literal_norm(drawn: Drawn, input: Tensor) -> Callable:
-    """The literal formulas between the residual `input` and a LayerNorm."""
+    """The literal formulas between the residual `input` and the LayerNorms, as `seq_bn` has them."""
     fused = literal(drawn)
 
     def run(x: Tensor) -> Tensor:
-        return F.layer_norm(fused(x, x + input), x.shape[-1:])
+        summed = x + input
+        return F.layer_norm(fused(F.layer_norm(summed, x.shape[-1:]), summed), x.shape[-1:])
 
     return run
 
@@ -95,9 +96,9 @@ def mixture(weights: PackedWeights, backend: str) -> Callable:
 
 
 def mixture_norm(weights: PackedWeights, input: Tensor, backend: str) -> Callable:
-    """The op with the sub-layer's residual and LayerNorm around it."""
+    """The op with the sub-layer's residual and LayerNorms around it, as `seq_bn` has them."""
     hidden_size = input.shape[-1]
-    norm = input.new_ones(hidden_size), input.new_zeros(hidden_size), 1e-5, False
+    norm = input.new_ones(hidden_size), input.new_zeros(hidden_size), 1e-5, True
     summand = input.view(-1, hidden_size)
 
     def run(x: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ GROUP_MASK = "mask_t = offs_t < tl.load(blocks_ptr + pid * 3 + 2)"
 EXP = "e = tl.exp(s - tl.max(s, axis=1)[:, None])"
 FIRST_SCORE = "tl.sum(tl.where(offs_n == 0, s, 0.0), axis=1)"
 DOT = "tl.dot(a, w, acc, input_precision=PRECISION)"
-IEEE = '== "highest":\n        return "ieee"'
+IEEE = 'is_cuda else "ieee"'
 MASK = "mask_tile = mask_ptr + rows[:, None] * num_scored + "
 TEMPERATURE = "s /= tl.load(temperature_ptr)"
 BUGS = {
@@ -179,7 +179,7 @@ BUGS = {
     **both("dropout of another adapter", f"{MASK}offs_n", f"{MASK}((offs_n + 1) % num_scored)"),
     **both("temperature left out", TEMPERATURE, TEMPERATURE.replace("/=", "+= 0 *")),
     **both("offset left out", "if offset_ptr is not None:", "if False:"),
-    "barrier left out": Bug("one_launch", "tl.debug_barrier()", "pass", "norm"),
+    "barrier left out": Bug("norms", "tl.debug_barrier()", "pass", "norm"),
     "mean left out": Bug("projections", "squares / H - mean * mean", "squares / H", "norm"),
 }
 

@@ -134,11 +134,11 @@ def test_derivatives(name):
 def test_splits(rows, dtype, monkeypatch):
     """The rows' sums in several shares are those in one, up to rounding, and zero for no rows."""
     arguments = arguments_of(replace(EVERYTHING, rows=rows), dtype)
-    assert weight_gradients.row_splits(200, 1) == 4
+    assert weight_gradients.row_splits(200, 1, 1) == 4
     several = gradients(backward.adapter_fusion_backward, arguments)
     again = gradients(backward.adapter_fusion_backward, arguments)
     monkeypatch.setattr(weight_gradients, "SPLIT_ROWS", 1000)
-    assert weight_gradients.row_splits(200, 1) == 1
+    assert weight_gradients.row_splits(200, 1, 1) == 1
     one = gradients(backward.adapter_fusion_backward, arguments)
     tolerance = 4 * torch.finfo(dtype).eps
     for name, value in several.items():
@@ -151,8 +151,17 @@ def test_splits(rows, dtype, monkeypatch):
 
 def test_number_of_splits():
     """Of the shape alone."""
-    assert [weight_gradients.row_splits(n, 1) for n in (0, 1, 64, 65, 10**6)] == [1, 1, 1, 2, 8]
-    assert [weight_gradients.row_splits(1000, groups) for groups in (1, 4, 100)] == [8, 4, 1]
+    splits = weight_gradients.row_splits
+    assert [splits(n, 1, 1) for n in (0, 1, 64, 65, 10**6)] == [1, 1, 1, 2, 32]
+    assert [splits(1000, groups, 1) for groups in (1, 4, 100)] == [16, 4, 1]
+    # as many programs as a GPU has room for, if rows are enough
+    assert [splits(10**6, 1, programs) for programs in (10, 24, 263, 264, 1000)] == [
+        27,
+        11,
+        2,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("needs", list(product([False, True], repeat=3)), ids=str)
@@ -213,7 +222,7 @@ def test_groups_in_any_order_and_in_shares(monkeypatch):
     monkeypatch.setattr(weight_gradients, "SPLIT_ROWS", 8)
     groups = ROWS["shuffled"]
     arguments = grouped_arguments(groups, test_grouped.GROUPS, torch.float32)
-    assert weight_gradients.row_splits(len(groups), len(test_grouped.GROUPS)) == 3
+    assert weight_gradients.row_splits(len(groups), len(test_grouped.GROUPS), 1) == 3
     first = grouped_gradients(backward.adapter_fusion_grouped_backward, arguments)
     again = grouped_gradients(backward.adapter_fusion_grouped_backward, arguments)
     order = torch.randperm(len(groups))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from fastfusion.kernels.triton import backend as triton_backend  # noqa: E402
-from fastfusion.kernels.triton import schedules  # noqa: E402
+from fastfusion.kernels.triton import schedules, tiles  # noqa: E402
 from fastfusion.ops import torch_backend  # noqa: E402
 
 pytestmark = [
@@ -171,15 +171,42 @@ def test_constant_rows(planned):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("ln_before", [False, True], ids=["after", "before-and-after"])
+def test_norm_of_strided_parameters(planned, ln_before):
+    given = call(5, 40, (6, 3), torch.float32)
+    expected = norm(triton_backend, given, ln_before, False)[0]
+    for name in ("ln_weight", "ln_bias"):
+        given[name] = torch.stack([given[name], given[name] + 7], -1)[:, 0]
+        assert not given[name].is_contiguous()
+    assert torch.equal(norm(triton_backend, given, ln_before, False)[0], expected)
+
+
 def test_three_products_in_tf32(planned):
-    """With `torch.set_float32_matmul_precision("high")` fp32 is multiplied as three tf32 products:
-    nearly as good as in full, and not one product in tf32 (1e-3)."""
+    """Where PyTorch may use tf32, fp32 is multiplied as three tf32 products: nearly as good as in
+    full, and not one product in tf32 (1e-3)."""
     given = call(41, 100, (24, 7, 33), torch.float32)
     truth = plain(torch_backend, as_double(given))[0]
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
         out = plain(triton_backend, given)[0]
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert not torch.equal(out, plain(triton_backend, given)[0])
     assert (out - truth).abs().max() <= 4e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize(
+    "ours, everyones, dtype, expected",
+    [
+        ("none", "none", torch.float32, "ieee"),
+        ("none", "tf32", torch.float32, "tf32x3"),
+        ("ieee", "tf32", torch.float32, "ieee"),
+        ("tf32", "none", torch.float32, "tf32x3"),
+        ("tf32", "none", torch.bfloat16, "ieee"),
+    ],
+)
+def test_precision_follows_pytorch(monkeypatch, ours, everyones, dtype, expected):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", ours)
+    monkeypatch.setattr(torch.backends, "fp32_precision", everyones)
+    assert tiles.precision(dtype, None) == expected

@@ -73,7 +73,7 @@ def adapter_fusion_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion_norm`."""
     start = (0, -1 if w_score is None else 0, 0)
-    norm = Norm(ln_weight, ln_bias, ln_eps, ln_before, save)
+    norm = Norm(ln_weight.contiguous(), ln_bias.contiguous(), ln_eps, ln_before, save)
     mixture = Mixture(
         [hidden], None, input, None, w_down, b_down, w_score, b_score, w_out, temperature, mask,
         None, [start], [len(sizes)], sizes, activations, norm,

@@ -44,11 +44,10 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import layouts
 
 from .adapter_fusion import starts as group_starts
-from .groups import Start, rows_of, tables, wide_columns, widest
+from .groups import Start, row_blocks, rows_of, tables, wide_columns, widest
 from .schedule_files import SAME_ROWS
 from .schedules import schedule, target_of
 from .tiles import (
@@ -426,11 +425,7 @@ def _mixture(
     block_t, block_d = blocks["columns"]["BLOCK_T"], blocks["columns"]["BLOCK_D"]
     layout = tuple(tuple(part) for part in (starts, counts, sizes, activations))
     found = tables(*layout, block_d, device)
-    order, offsets, block_table = None, None, None
-    row_blocks = triton.cdiv(num_rows, block_t)
-    if groups is not None:
-        order, offsets, block_table = routing_tables(groups, len(counts), block_t)
-        row_blocks = len(block_table)
+    cut = row_blocks(groups, len(counts), num_rows, block_t)
     columns, adapters = widest(sizes, counts)
     width = -(-(columns + adapters) // 16) * 16
     is_scored = any(score >= 0 for _, score, _ in starts)
@@ -442,8 +437,8 @@ def _mixture(
     if needs_offset:
         doffset = grad_out.new_empty(num_rows)
     rows = {
-        "order_ptr": order,
-        "blocks_ptr": block_table,
+        "order_ptr": cut.order,
+        "blocks_ptr": cut.blocks,
         "groups_ptr": found.groups,
         "num_rows": num_rows,
     }
@@ -456,7 +451,7 @@ def _mixture(
         "num_adapters": adapters,
         "stride_w": width,
         "CODES": tuple(sorted(set(activations))),
-        "PRECISION": precision(target),
+        "PRECISION": precision(dtype, target),
     }
     first = shared | {
         "x_ptr": inputs,
@@ -478,7 +473,7 @@ def _mixture(
         "BLOCK_A": padded(found.tile_adapters),
         **blocks["columns"],
     }
-    launch(adapter_columns_bwd_kernel, row_blocks * found.num_tiles, first)
+    launch(adapter_columns_bwd_kernel, cut.count * found.num_tiles, first)
     num_tiles = triton.cdiv(width, blocks["scores"]["BLOCK_D"])
     second = shared | {
         "p_ptr": p.contiguous() if is_scored else None,
@@ -492,21 +487,21 @@ def _mixture(
         "BLOCK_N": padded(adapters),
         **blocks["scores"],
     }
-    launch(adapter_scores_bwd_kernel, row_blocks * num_tiles, second)
+    launch(adapter_scores_bwd_kernel, cut.count * num_tiles, second)
     third = rows | {
         "stride_w": width,
         "H": hidden_size,
-        "PRECISION": precision(target),
+        "PRECISION": precision(dtype, target),
         **blocks["input"],
     }
     sums = {
-        "order": order,
-        "offsets": offsets,
+        "order": cut.order,
+        "offsets": cut.offsets,
         "num_groups": len(counts),
         "blocks": blocks["weights"],
-        "precision": precision(target),
+        "precision": precision(dtype, target),
     }
-    return _Mixture(pre, t, dw, doffset, row_blocks, third, sums)
+    return _Mixture(pre, t, dw, doffset, cut.count, third, sums)
 
 
 def _input_gradient(

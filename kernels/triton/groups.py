@@ -13,6 +13,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from fastfusion.ops.routing import routing_tables
 
 Start = tuple[int, int, int]
 """A group's first row of down-projections, of score weights or -1, and of W_out."""
@@ -75,6 +76,24 @@ def tables(
         for table, width in ((groups, (8,)), (columns, (2,)), (adapters, ()), (tiles, (3,)))
     ]
     return Groups(*parts, most_tiles, max(adapters), max(tile[1] for tile in tiles))
+
+
+class RowBlocks(NamedTuple):
+    """How rows are cut into blocks of one group each; see `fastfusion.ops.routing_tables`."""
+
+    order: Tensor | None
+    """[T], or None: rows in order."""
+    offsets: Tensor | None
+    blocks: Tensor | None
+    count: int
+
+
+def row_blocks(groups: Tensor | None, num_groups: int, num_rows: int, block_t: int) -> RowBlocks:
+    """The blocks of rows with these groups, or of rows that all have the only one (None)."""
+    if groups is None:
+        return RowBlocks(None, None, None, triton.cdiv(num_rows, block_t))
+    order, offsets, blocks = routing_tables(groups, num_groups, block_t)
+    return RowBlocks(order, offsets, blocks, len(blocks))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The LayerNorms around the mixture, where the mixture's own kernels do not compute them.
 
-    fold_norm     of a LayerNorm in front: W gamma and W beta + b, for `projections.project`
-    layer_norm    of a LayerNorm behind, on rows whose parts several programs wrote
+    fold_norm        of a LayerNorm in front: W gamma and W beta + b, for `projections.project`
+    normalise_rows   of a LayerNorm behind, on rows that the calling program wrote
+    layer_norm       of a LayerNorm behind, on rows whose parts several programs wrote
 
 Bytes: `fold_norm` reads the weights once; `layer_norm` reads and writes H*e a row.
 """
@@ -103,6 +104,25 @@ def fold_norm(
     }
     launch(fold_norm_kernel, down_programs + triton.cdiv(rows_score, FOLDED_ROWS), arguments)
     return (*down, *((None, None) if b_score is None else score))
+
+
+@triton.jit
+def normalise_rows(
+    kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean, rstd,
+    H: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out = LN of the rows that this program wrote to `kept_ptr`."""
+    tl.debug_barrier()
+    for h in range(0, H, BLOCK_H):
+        offs_h = h + tl.arange(0, BLOCK_H)
+        mask_h = offs_h < H
+        mask_th = mask_t[:, None] & mask_h[None, :]
+        tile = rows[:, None] * H + offs_h[None, :]
+        x = tl.load(kept_ptr + tile, mask=mask_th, other=0.0).to(tl.float32)
+        gamma = tl.load(ln_weight_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        beta = tl.load(ln_bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+        tl.store(out_ptr + tile, x.to(out_ptr.dtype.element_ty), mask=mask_th)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -49,11 +49,10 @@ the same bits, and a row's bits do not depend on which rows share its block.
 
 import triton
 import triton.language as tl
-from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import max_scored
 from triton.backends.compiler import GPUTarget
 
-from .groups import rows_of, tables, widest
+from .groups import row_blocks, rows_of, tables, widest
 from .mixtures import (
     Mixture,
     Outputs,
@@ -65,6 +64,7 @@ from .mixtures import (
     scored_groups,
     weight_arguments,
 )
+from .norms import normalise_rows
 from .projections import normalised, project, row_shift, statistics
 from .schedules import column_blocks, schedule
 from .tiles import activate, add_bias, dot_one_hot, dot_rows, launch, padded, precision
@@ -90,25 +90,6 @@ def _store_base_rows(
             residual_tile = residual_ptr + rows[:, None] * stride_rm + offs_h[None, :]
             out = tl.load(residual_tile, mask=mask_th, other=0.0)
         tl.store(out_ptr + rows[:, None] * H + offs_h[None, :], out, mask=mask_th)
-
-
-@triton.jit
-def normalise_rows(
-    kept_ptr, ln_weight_ptr, ln_bias_ptr, out_ptr, rows, mask_t, mean, rstd,
-    H: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """out = LN of the rows that this program wrote to `kept_ptr`."""
-    tl.debug_barrier()
-    for h in range(0, H, BLOCK_H):
-        offs_h = h + tl.arange(0, BLOCK_H)
-        mask_h = offs_h < H
-        mask_th = mask_t[:, None] & mask_h[None, :]
-        tile = rows[:, None] * H + offs_h[None, :]
-        x = tl.load(kept_ptr + tile, mask=mask_th, other=0.0).to(tl.float32)
-        gamma = tl.load(ln_weight_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-        beta = tl.load(ln_bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-        x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
-        tl.store(out_ptr + tile, x.to(out_ptr.dtype.element_ty), mask=mask_th)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -331,12 +312,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     block_d, block_r = column_blocks(columns)
     layout = (mixture.starts, mixture.counts, mixture.sizes, mixture.activations)
     found = tables(*map(tuple, layout), padded(columns), x.device)
-    order, block_table, row_blocks = None, None, triton.cdiv(num_rows, blocks["BLOCK_T"])
-    if mixture.groups is not None:
-        order, _, block_table = routing_tables(
-            mixture.groups, len(mixture.counts), blocks["BLOCK_T"]
-        )
-        row_blocks = len(block_table)
+    cut = row_blocks(mixture.groups, len(mixture.counts), num_rows, blocks["BLOCK_T"])
     outputs = outputs_of(mixture)
     arguments = {
         **row_arguments(mixture),
@@ -344,8 +320,8 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         **weight_arguments(mixture),
         **score_arguments(mixture),
         **norm_arguments(mixture, outputs),
-        "order_ptr": order,
-        "blocks_ptr": block_table,
+        "order_ptr": cut.order,
+        "blocks_ptr": cut.blocks,
         "groups_ptr": found.groups,
         "columns_ptr": found.columns,
         "w_out_ptr": mixture.w_out.contiguous(),
@@ -359,8 +335,8 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
         "BLOCK_N": padded(adapters),
-        "PRECISION": precision(target),
+        "PRECISION": precision(x.dtype, target),
         **blocks,
     }
-    launch(adapter_fusion_kernel, row_blocks, arguments)
+    launch(adapter_fusion_kernel, cut.count, arguments)
     return outputs

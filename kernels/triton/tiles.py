@@ -149,12 +149,14 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def precision(target: GPUTarget | None) -> str:
-    """How fp32 is multiplied: in full, or as three products in tf32 where
-    `torch.set_float32_matmul_precision` allows less than "highest"; never as one in tf32."""
-    if torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32x3" if target is None or target.backend == "cuda" else "ieee"
+def precision(dtype: torch.dtype, target: GPUTarget | None) -> str:
+    """How products are multiplied: fp32 in full, or as three products in tf32 where PyTorch's own
+    may be one (`torch.set_float32_matmul_precision`); never as one in tf32."""
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    if allowed == "none":
+        allowed = torch.backends.fp32_precision
+    is_cuda = target is None or target.backend == "cuda"
+    return "tf32x3" if dtype == torch.float32 and allowed == "tf32" and is_cuda else "ieee"
 
 
 # Of the process, not of a thread: autograd's threads launch kernels too.

@@ -35,11 +35,10 @@ row's bits may differ between a call of few rows and one of many.
 
 import triton
 import triton.language as tl
-from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import max_scored
 from triton.backends.compiler import GPUTarget
 
-from .groups import rows_of, tables, wide_columns, widest
+from .groups import row_blocks, rows_of, tables, wide_columns, widest
 from .mixtures import (
     Mixture,
     Outputs,
@@ -51,8 +50,7 @@ from .mixtures import (
     scored_groups,
     weight_arguments,
 )
-from .norms import layer_norm
-from .one_launch import normalise_rows
+from .norms import layer_norm, normalise_rows
 from .projections import normalised, project, row_shift, statistics
 from .schedules import schedule
 from .tiles import activate, add_bias, dot_one_hot, dot_rows, launch, padded, precision
@@ -361,12 +359,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     columns_num_warps = blocks.pop("columns_num_warps")
     layout = (mixture.starts, mixture.counts, mixture.sizes, mixture.activations)
     found = tables(*map(tuple, layout), block_d, x.device)
-    order, block_table, row_blocks = None, None, triton.cdiv(num_rows, blocks["BLOCK_T"])
-    if mixture.groups is not None:
-        order, _, block_table = routing_tables(
-            mixture.groups, len(mixture.counts), blocks["BLOCK_T"]
-        )
-        row_blocks = len(block_table)
+    cut = row_blocks(mixture.groups, len(mixture.counts), num_rows, blocks["BLOCK_T"])
     columns, adapters = widest(mixture.sizes, mixture.counts)
     is_scored, is_mixed = scored_groups(mixture)
     outputs = outputs_of(mixture)
@@ -380,8 +373,8 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     shared = {
         "z_ptr": z,
         "parts_ptr": parts,
-        "order_ptr": order,
-        "blocks_ptr": block_table,
+        "order_ptr": cut.order,
+        "blocks_ptr": cut.blocks,
         "groups_ptr": found.groups,
         "columns_ptr": found.columns,
         "num_rows": num_rows,
@@ -389,7 +382,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "ln_eps": norms["ln_eps"],
         "stride_zm": z.stride(0),
         "H": hidden_size,
-        "PRECISION": precision(target),
+        "PRECISION": precision(x.dtype, target),
         **blocks,
     }
     is_normed_before = norm is not None and norm.before
@@ -428,9 +421,9 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "BLOCK_N": padded(adapters),
         "BLOCK_H": block_h,
     }
-    launch(adapter_columns_kernel, row_blocks * found.num_tiles, first)
+    launch(adapter_columns_kernel, cut.count * found.num_tiles, first)
     h_tiles = 1 if fused_norm else triton.cdiv(hidden_size, block_h)
-    launch(adapter_output_kernel, row_blocks * h_tiles, second)
+    launch(adapter_output_kernel, cut.count * h_tiles, second)
     if norm is not None and not fused_norm:
         layer_norm(kept, norm.weight, norm.bias, norm.eps, outputs.out)
     return outputs

@@ -25,16 +25,18 @@ import triton.language as tl
 from .groups import wide_columns
 from .tiles import INTERPRETED, launch
 
-# A sum over rows is cut into shares of about SPLIT_ROWS of a group's rows, but not into more than
-# MAX_SPLITS: each writes and reads the whole gradient in fp32. Small in the interpreter, so that
-# tests have several.
+# A sum over rows is cut into shares of at least about SPLIT_ROWS of a group's rows, and into no
+# more than give PROGRAMS, two for each multiprocessor of the largest GPUs: each share writes and
+# reads the whole gradient in fp32. Small in the interpreter, so that tests have several.
 SPLIT_ROWS = 64 if INTERPRETED else 512
-MAX_SPLITS = 8
+PROGRAMS = 264
 
 
-def row_splits(num_rows: int, num_groups: int) -> int:
-    """How many shares a sum over the rows of each group has, if these are of one size."""
-    return min(MAX_SPLITS, max(1, -(-num_rows // (SPLIT_ROWS * num_groups))))
+def row_splits(num_rows: int, num_groups: int, programs: int) -> int:
+    """How many shares a sum over the rows of each group has, if these are of one size and one share
+    is of so many programs."""
+    most = -(-num_rows // (SPLIT_ROWS * num_groups))
+    return max(1, min(most, -(-PROGRAMS // programs), 32))
 
 
 @triton.jit
@@ -196,26 +198,26 @@ def weight_gradient(
     """
     num_rows, hidden_size = products[0][1].shape[1:]
     height = len(weight)
-    splits = row_splits(num_rows, num_groups)
+    h_tiles = triton.cdiv(hidden_size, blocks["BLOCK_H"])
+    tiles = [_tiles(tuple(parts), blocks["BLOCK_M"], a.device) for a, _, parts in products]
+    splits = row_splits(num_rows, num_groups, sum(map(len, tiles)) * h_tiles)
     dweight = weight.new_empty(height, hidden_size)
     dbias = weight.new_empty(0 if bias is None else height)
     out, bias_out = dweight, dbias
     if splits > 1:
         out = weight.new_empty(splits, height, hidden_size, dtype=torch.float32)
         bias_out = weight.new_empty(splits, len(dbias), dtype=torch.float32)
-    h_tiles = triton.cdiv(hidden_size, blocks["BLOCK_H"])
-    for a, b, parts in products:
-        tiles = _tiles(tuple(parts), blocks["BLOCK_M"], a.device)
+    for (a, b, _), own in zip(products, tiles, strict=True):
         arguments = {
             "a_ptr": a,
             "b_ptr": b,
             "order_ptr": order,
             "offsets_ptr": offsets,
-            "tiles_ptr": tiles,
+            "tiles_ptr": own,
             "out_ptr": out,
             "bias_ptr": None if bias is None else bias_out,
             "num_rows": num_rows,
-            "num_tiles": len(tiles),
+            "num_tiles": len(own),
             "height": height,
             "stride_a": a.stride(0),
             "stride_bi": b.stride(0),
@@ -225,7 +227,7 @@ def weight_gradient(
             "PRECISION": precision,
             **blocks,
         }
-        launch(adapter_weights_bwd_kernel, splits * len(tiles) * h_tiles, arguments)
+        launch(adapter_weights_bwd_kernel, splits * len(own) * h_tiles, arguments)
     if splits > 1:
         _add_splits(out, dweight)
         _add_splits(bias_out, dbias)
