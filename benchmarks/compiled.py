@@ -71,7 +71,7 @@ NAMED: tuple[Case, ...] = (
     _case("plain", ((64,) * 64,), "query", hidden=8192),
     _case("plain", WIDE, dtype="fp32"),
     _case("norm", BERT, "ln_before", "save"),
-    *(_case("norm", WIDE, "ln_before", rows=SOME, target=target) for target in ("sm_90", "gfx942")),
+    _case("norm", WIDE, "ln_before", rows=SOME),
     _case("plain", WIDE, "backward", rows=SOME),
     _case("grouped", GROUPS, "mask", "activations", dtype="fp16"),
     _case("grouped", ((48,) * 3, (48, 24)), "unscored"),

@@ -75,7 +75,7 @@ def literal(drawn: Drawn) -> Callable:
 
 
 def literal_norm(drawn: Drawn, input: Tensor) -> Callable:
-    """The literal formulas between the residual `input` and the LayerNorms, as `seq_bn` has them."""
+    """The literal formulas between the residual `input` and LayerNorms, as `seq_bn` has them."""
     fused = literal(drawn)
 
     def run(x: Tensor) -> Tensor:

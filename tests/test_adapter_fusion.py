@@ -637,8 +637,8 @@ def test_norm_parity(name, ln_before, backend, dtype):
 
     truth = run_norm(literal_norm, case, as_double(given), ln_before, learn)
     plain = run_norm(literal_norm, case, given, ln_before, learn)
-    # between two norms a rounding of p grows by what its row is divided by: of 300 rows the worst is
-    # another one for each order of summing, while medians over seeds are the same
+    # between two norms a rounding of p grows by what its row is divided by: of 300 rows the worst
+    # is another one for each order of summing, while medians over seeds are the same
     results = run_norm(op, case, given, ln_before, learn)
     assert_as_good(results, plain, truth, dtype, factor=4)
 

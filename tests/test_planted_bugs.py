@@ -219,7 +219,7 @@ BUGS |= {
         "bias += tl.sum(a", "bias = tl.sum(a", "backward, long", "weight_gradients"
     ),
     "a split left out": without(
-        "range(SPLITS)", "range(1, SPLITS)", "backward, long", "weight_gradients"
+        "range(num_splits)", "range(1, num_splits)", "backward, long", "weight_gradients"
     ),
     "norm without the mean": without("- mean[:, None] -", "-", "norm", "norm_backward"),
     "norm without the slope": without("- normalised * slope[:, None]", "", "norm", "norm_backward"),

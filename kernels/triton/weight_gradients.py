@@ -50,23 +50,23 @@ def _positions(i, last, order_ptr, BLOCK_K: tl.constexpr):
     return rows, mask
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles", "height"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "height", "num_splits"])
 def adapter_weights_bwd_kernel(
     a_ptr,  # [num_rows, stride_a]
     b_ptr,  # [inputs, num_rows, H]
     order_ptr,  # [num_rows], or None: rows in order
     offsets_ptr,  # [groups + 2] into `order`, or None: one group of all rows
     tiles_ptr,  # see `_tiles`
-    out_ptr,  # [SPLITS, height, H]
-    bias_ptr,  # [SPLITS, height], or None
+    out_ptr,  # [num_splits, height, H]
+    bias_ptr,  # [num_splits, height], or None
     num_rows,
     num_tiles,
+    num_splits,
     height,
     stride_a,
     stride_bi,
     stride_bm,
     H: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -91,7 +91,7 @@ def adapter_weights_bwd_kernel(
     if offsets_ptr is not None:
         first = tl.load(offsets_ptr + group)
         last = tl.load(offsets_ptr + group + 1)
-    share = tl.cdiv(last - first, SPLITS * BLOCK_K) * BLOCK_K
+    share = tl.cdiv(last - first, num_splits * BLOCK_K) * BLOCK_K
     first += split * share
     last = tl.minimum(first + share, last)
 
@@ -125,12 +125,12 @@ def adapter_weights_bwd_kernel(
             tl.store(bias_ptr + row, bias.to(bias_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit
-def add_splits_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_splits"])
+def add_splits_kernel(parts_ptr, out_ptr, size, num_splits, BLOCK: tl.constexpr):
     """out[i] = sum over the splits of parts[split, i], in their order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
+    for split in range(num_splits):
         part = parts_ptr + split * tl.cast(size, tl.int64) + offs
         total += tl.load(part, mask=offs < size, other=0.0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < size)
@@ -169,7 +169,7 @@ def _add_splits(parts: Tensor, out: Tensor) -> None:
         "parts_ptr": parts,
         "out_ptr": out,
         "size": out.numel(),
-        "SPLITS": len(parts),
+        "num_splits": len(parts),
         "BLOCK": 1024,
         "num_warps": 4,
         "num_stages": 3,
@@ -223,7 +223,7 @@ def weight_gradient(
             "stride_bi": b.stride(0),
             "stride_bm": b.stride(1),
             "H": hidden_size,
-            "SPLITS": splits,
+            "num_splits": splits,
             "PRECISION": precision,
             **blocks,
         }
