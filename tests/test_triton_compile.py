@@ -122,6 +122,30 @@ def test_offsets_of_rows_are_wide(op, groups):
         assert not re.search(r"arith\.muli .*tensor<\d+x1xi32>", kernel.asm["ttir"])
 
 
+@pytest.mark.parametrize("op, groups", [("plain", WIDE), ("grouped", GROUPS)])
+def test_offsets_of_rows_are_wide_in_the_backward(op, groups):
+    launches = recorded(Case("sm_90", op, groups, flags=frozenset({"backward"})))
+    texts = {
+        launch.kernel.__name__: compiled(launch).asm["ttir"]
+        for launch in launches
+        if launch.kernel.__name__.startswith("adapter_")
+    }
+    assert len(texts) == 4
+    for text in texts.values():
+        assert re.search(r"arith\.muli .*tensor<\d+x1xi64>", text)
+        assert not re.search(r"arith\.muli .*tensor<\d+x1xi32>", text)
+
+
+def test_backward_is_compiled_once_for_any_number_of_rows():
+    """How many shares the sums over rows have depends on their number; the kernels do not."""
+    found = {
+        frozenset(map(identity, recorded(case)))
+        for rows in (4099, 9000, 30000)
+        if (case := Case("sm_90", "plain", WIDE, rows=rows, flags=frozenset({"backward"})))
+    }
+    assert len(found) == 1
+
+
 def test_grouped_is_compiled_once_for_every_mixture():
     """Neither the number of rows (within a schedule) nor groups beside the widest are constants."""
     mixtures = [(((8, 8), (4,)), 4099), (((8, 8), (4,)), 9000), (((3, 9), (5,), (1,)), 8192)]
