@@ -61,6 +61,9 @@ block run together. *All* counts every access of every program, which is what L2
 grow with T; weights are the same once at any T, and read again for each row block. Where `kept_ptr`
 is stored and `out_ptr` is not, they are the same tensor. The literal path is the sum of the inputs
 and outputs of every ATen call of the reference that is not a view, without any reuse between calls.
+The backward adds up each weight's gradient from shares of the rows, in fp32, through memory: here
+four of 64 rows, on a GPU one for each 512 rows or fewer (eleven at T = 16384 and N = 8), so these
+bytes weigh far more in the table than in a call of that many rows.
 """
 
 
