@@ -51,9 +51,17 @@ def set_threads():
 
 
 @pytest.fixture(params=["one launch", "two launches"])
-def launches(request, monkeypatch):
+def launches(request):
     """The triton backend as it is, and with every size in two launches, as beyond its border."""
-    if request.param == "two launches":
-        launcher = pytest.importorskip("fastfusion.kernels.triton.adapter_fusion")
-        monkeypatch.setattr(launcher, "fits_one_launch", lambda *sizes: False)
-    return request.param
+    if request.param == "one launch":
+        yield request.param
+        return
+    schedules = pytest.importorskip("fastfusion.kernels.triton.schedules")
+    border = {
+        "schedules": ["one_launch", "one_launch_norm"],
+        "archs": ["interpreter"],
+        "bits": [16, 32],
+        "blocks": {"max_columns": 0},
+    }
+    with schedules.first(border):
+        yield request.param

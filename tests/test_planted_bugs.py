@@ -124,8 +124,8 @@ class Bug(NamedTuple):
 def both(name: str, text: str, instead: str, check: str = "forward") -> dict[str, Bug]:
     """The same bug in one launch and in two."""
     return {
-        name: Bug("one_launch", text, instead, check),
-        f"{name}, wide": Bug("two_launches", text, instead, f"{check}, wide"),
+        name: Bug("projections", text, instead, check),
+        f"{name}, wide": Bug("projections", text, instead, f"{check}, wide"),
     }
 
 

@@ -65,7 +65,7 @@ from .mixtures import (
     weight_arguments,
 )
 from .norms import normalise_rows
-from .projections import normalised, project, row_shift, statistics
+from .projections import attention, normalised, project, row_shift, statistics
 from .schedules import column_blocks, schedule
 from .tiles import activate, add_bias, dot_one_hot, dot_rows, launch, padded, precision
 
@@ -167,32 +167,13 @@ def adapter_fusion_kernel(
     if NORM:
         shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H, BLOCK_K)
 
-    # the branch stands outside the loop: inside, it would keep the loads of M out of the pipeline
-    if MIXED:
-        if score >= 0:
-            pre, pre_r, t, t_r, c, sums, squares = project(
-                x_ptr, query_ptr, residual_ptr, ln_weight_ptr, shift, rows, mask_t,
-                stride_xi, stride_xm, stride_qm, stride_rm, w_down_ptr, w_score_ptr, columns,
-                down, score, D, offs_d, offs_r, 0, N, offs_n, mask_n,
-                H, NUM_INPUTS, True, NORM_BEFORE, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N, BLOCK_K,
-                False, PRECISION,
-            )  # fmt: skip
-        else:
-            pre, pre_r, t, t_r, c, sums, squares = project(
-                x_ptr, query_ptr, residual_ptr, ln_weight_ptr, shift, rows, mask_t,
-                stride_xi, stride_xm, stride_qm, stride_rm, w_down_ptr, w_score_ptr, columns,
-                down, score, D, offs_d, offs_r, 0, N, offs_n, mask_n,
-                H, NUM_INPUTS, False, NORM_BEFORE, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N, BLOCK_K,
-                False, PRECISION,
-            )  # fmt: skip
-    else:
-        pre, pre_r, t, t_r, c, sums, squares = project(
-            x_ptr, query_ptr, residual_ptr, ln_weight_ptr, shift, rows, mask_t,
-            stride_xi, stride_xm, stride_qm, stride_rm, w_down_ptr, w_score_ptr, columns,
-            down, score, D, offs_d, offs_r, 0, N, offs_n, mask_n,
-            H, NUM_INPUTS, SCORED, NORM_BEFORE, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N, BLOCK_K,
-            False, PRECISION,
-        )  # fmt: skip
+    pre, pre_r, t, t_r, c, sums, squares = project(
+        x_ptr, query_ptr, residual_ptr, ln_weight_ptr, shift, rows, mask_t,
+        stride_xi, stride_xm, stride_qm, stride_rm, w_down_ptr, w_score_ptr, columns,
+        down, score, D, offs_d, offs_r, 0, N, offs_n, mask_n,
+        H, NUM_INPUTS, MIXED, NORM_BEFORE, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_N, BLOCK_K, False,
+        PRECISION,
+    )  # fmt: skip
     mean, rstd = statistics(sums, squares, ln_eps, H)
 
     if NORM_BEFORE:
@@ -228,18 +209,9 @@ def adapter_fusion_kernel(
                 one_hot_r = own_r[:, None] == offs_n[None, :]
                 t_r = add_bias(t_r, b_score_ptr, score + offs_r, mask_r)
                 s = dot_one_hot(z_r * t_r, one_hot_r, s, SPLIT, PRECISION)
-            if offset_ptr is not None:
-                offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
-                s += offset.to(tl.float32)[:, None]
-            if mask_ptr is not None:
-                mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n[None, :]
-                mask_tn = mask_t[:, None] & mask_n[None, :]
-                s *= tl.load(mask_tile, mask=mask_tn, other=0.0).to(tl.float32)
-            if temperature_ptr is not None:
-                s /= tl.load(temperature_ptr).to(tl.float32)
-            s = tl.where(mask_n[None, :], s, float("-inf"))
-            e = tl.exp(s - tl.max(s, axis=1)[:, None])
-            p = e / tl.sum(e, axis=1)[:, None]
+            p = attention(
+                s, offset_ptr, mask_ptr, temperature_ptr, rows, mask_t, offs_n, mask_n, num_scored
+            )
             zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             z *= dot_one_hot(p, tl.trans(one_hot), zeros, SPLIT, PRECISION)
             if BLOCK_R > 0:

@@ -1,7 +1,8 @@
-"""The products over H of a row block with a tile of columns: z's and t's accumulators.
+"""What both schedules of the forward do with a row block: the products over H with a tile of
+columns, and the attention over its scores.
 
-Both schedules of the forward begin with them. A LayerNorm in front is absorbed: with u its input,
-s a number near the row's mean, and m and r the mean of u - s and 1 / the standard deviation,
+A LayerNorm in front is absorbed: with u its input, s a number near the row's mean, and m and r the
+mean of u - s and 1 / the standard deviation,
 
     W LN(u) + b = r (W ((u - s) gamma) - m (W gamma)) + (W beta + b)
 
@@ -35,7 +36,7 @@ def _own_columns(columns, offs, mask, i):
 
 
 @triton.jit
-def project(
+def _accumulate(
     x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
     stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns, down, score, D,
     offs_d, offs_r, first, count, offs_a, mask_a,
@@ -43,18 +44,7 @@ def project(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr,
     BLOCK_K: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The accumulators of a group's columns `offs_d` and `offs_r` (if BLOCK_R > 0) and of its
-    adapters `offs_a`, without biases.
-
-    Args:
-        input_ptr, ln_weight_ptr, shift: of a LayerNorm in front (NORM), of x + input.
-        columns: the group's first entry in the table of columns.
-        first, count: the adapters whose columns these are.
-        SWAPPED: weights on the M side of the products, for few rows.
-
-    Returns:
-        pre, pre_r, t, t_r, c, and the sums over a row of u - s and of its square.
-    """
+    """`project` for a group that is scored, or for one that is not."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     OWN_QUERY: tl.constexpr = (query_ptr is not None) or NUM_INPUTS > 1
     REST: tl.constexpr = BLOCK_R if BLOCK_R > 0 else 16
@@ -146,6 +136,76 @@ def project(
         pre, t, c = tl.trans(pre), tl.trans(t), tl.trans(c)
         pre_r, t_r = tl.trans(pre_r), tl.trans(t_r)
     return pre, pre_r, t, t_r, c, sums, squares
+
+
+@triton.jit
+def project(
+    x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+    stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns, down, score, D,
+    offs_d, offs_r, first, count, offs_a, mask_a,
+    H: tl.constexpr, NUM_INPUTS: tl.constexpr, MIXED: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The accumulators of a group's columns `offs_d` and `offs_r` (if BLOCK_R > 0) and of its
+    adapters `offs_a`, without biases.
+
+    Args:
+        input_ptr, ln_weight_ptr, shift: of a LayerNorm in front (NORM), of x + input.
+        columns: the group's first entry in the table of columns.
+        first, count: the adapters whose columns these are.
+        MIXED: some groups are scored and some are not.
+        SWAPPED: weights on the M side of the products, for few rows.
+
+    Returns:
+        pre, pre_r, t, t_r, c, and the sums over a row of u - s and of its square.
+    """
+    SCORED: tl.constexpr = w_score_ptr is not None
+    # the branch stands outside the loop: inside, it would keep the loads of M out of the pipeline
+    if MIXED:
+        if score >= 0:
+            pre, pre_r, t, t_r, c, sums, squares = _accumulate(
+                x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+                stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+                down, score, D, offs_d, offs_r, first, count, offs_a, mask_a,
+                H, NUM_INPUTS, True, NORM, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_A, BLOCK_K, SWAPPED,
+                PRECISION,
+            )  # fmt: skip
+        else:
+            pre, pre_r, t, t_r, c, sums, squares = _accumulate(
+                x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+                stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+                down, score, D, offs_d, offs_r, first, count, offs_a, mask_a,
+                H, NUM_INPUTS, False, NORM, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_A, BLOCK_K, SWAPPED,
+                PRECISION,
+            )  # fmt: skip
+    else:
+        pre, pre_r, t, t_r, c, sums, squares = _accumulate(
+            x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+            stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+            down, score, D, offs_d, offs_r, first, count, offs_a, mask_a,
+            H, NUM_INPUTS, SCORED, NORM, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_A, BLOCK_K, SWAPPED,
+            PRECISION,
+        )  # fmt: skip
+    return pre, pre_r, t, t_r, c, sums, squares
+
+
+@triton.jit
+def attention(
+    s, offset_ptr, mask_ptr, temperature_ptr, rows, mask_t, offs_n, mask_n, num_scored
+):  # fmt: skip
+    """p of a row block, from the sums of its scores."""
+    if offset_ptr is not None:
+        s += tl.load(offset_ptr + rows, mask=mask_t, other=0.0).to(tl.float32)[:, None]
+    if mask_ptr is not None:
+        mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n[None, :]
+        mask_tn = mask_t[:, None] & mask_n[None, :]
+        s *= tl.load(mask_tile, mask=mask_tn, other=0.0).to(tl.float32)
+    if temperature_ptr is not None:
+        s /= tl.load(temperature_ptr).to(tl.float32)
+    s = tl.where(mask_n[None, :], s, float("-inf"))
+    e = tl.exp(s - tl.max(s, axis=1)[:, None])
+    return e / tl.sum(e, axis=1)[:, None]
 
 
 @triton.jit

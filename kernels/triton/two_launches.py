@@ -51,7 +51,7 @@ from .mixtures import (
     weight_arguments,
 )
 from .norms import layer_norm, normalise_rows
-from .projections import normalised, project, row_shift, statistics
+from .projections import attention, normalised, project, row_shift, statistics
 from .schedules import schedule
 from .tiles import activate, add_bias, dot_one_hot, dot_rows, launch, padded, precision
 
@@ -125,32 +125,12 @@ def adapter_columns_kernel(
     shift = tl.zeros([BLOCK_T], tl.float32)
     if NORM:
         shift = row_shift(x_ptr, input_ptr, rows, mask_t, stride_xm, stride_im, H, BLOCK_K)
-    # the branch stands outside the loop: inside, it would keep the loads of M out of the pipeline
-    if MIXED:
-        if score >= 0:
-            pre, _, t, _, c, sums, squares = project(
-                x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
-                stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
-                down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
-                H, NUM_INPUTS, True, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
-                PRECISION,
-            )  # fmt: skip
-        else:
-            pre, _, t, _, c, sums, squares = project(
-                x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
-                stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
-                down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
-                H, NUM_INPUTS, False, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
-                PRECISION,
-            )  # fmt: skip
-    else:
-        pre, _, t, _, c, sums, squares = project(
-            x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
-            stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
-            down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
-            H, NUM_INPUTS, SCORED, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED,
-            PRECISION,
-        )  # fmt: skip
+    pre, _, t, _, c, sums, squares = project(
+        x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
+        stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
+        down, score, D, offs_d, offs_d, first, count, offs_a, starts_here,
+        H, NUM_INPUTS, MIXED, NORM, BLOCK_T, BLOCK_D, 0, BLOCK_A, BLOCK_K, SWAPPED, PRECISION,
+    )  # fmt: skip
     if NORM:
         mean, rstd = statistics(sums, squares, ln_eps, H)
         pre = normalised(pre, gain_down_ptr, down + offs_d, mask_d, mean, rstd)
@@ -194,18 +174,9 @@ def _weights_of(
         index = (i * tl.cast(num_rows, tl.int64) + rows[:, None]) * num_adapters
         mask_part = mask_t[:, None] & (i < in_tiles)[None, :]
         s += tl.load(parts_ptr + index + offs_n[None, :], mask=mask_part, other=0.0)
-    if offset_ptr is not None:
-        offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
-        s += offset.to(tl.float32)[:, None]
-    if mask_ptr is not None:
-        mask_tile = mask_ptr + rows[:, None] * num_scored + offs_n[None, :]
-        mask_tn = mask_t[:, None] & mask_n[None, :]
-        s *= tl.load(mask_tile, mask=mask_tn, other=0.0).to(tl.float32)
-    if temperature_ptr is not None:
-        s /= tl.load(temperature_ptr).to(tl.float32)
-    s = tl.where(mask_n[None, :], s, float("-inf"))
-    e = tl.exp(s - tl.max(s, axis=1)[:, None])
-    return e / tl.sum(e, axis=1)[:, None]
+    return attention(
+        s, offset_ptr, mask_ptr, temperature_ptr, rows, mask_t, offs_n, mask_n, num_scored
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
