@@ -1,5 +1,6 @@
 """The Triton forward in the interpreter: every schedule, the sizes it is for, and its norms."""
 
+import contextlib
 import os
 
 import pytest
@@ -181,17 +182,27 @@ def test_norm_of_strided_parameters(planned, ln_before):
     assert torch.equal(norm(triton_backend, given, ln_before, False)[0], expected)
 
 
+@contextlib.contextmanager
+def fp32_precision(of_products, of_all):
+    """PyTorch's settings, set back by hand: they are no attributes that can be deleted."""
+    backends = (torch.backends, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend, value in zip(backends, (of_all, of_products), strict=True):
+        backend.fp32_precision = value
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
 def test_three_products_in_tf32(planned):
     """Where PyTorch may use tf32, fp32 is multiplied as three tf32 products: nearly as good as in
     full, and not one product in tf32 (1e-3)."""
     given = call(41, 100, (24, 7, 33), torch.float32)
     truth = plain(torch_backend, as_double(given))[0]
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with fp32_precision("tf32", "none"):
         out = plain(triton_backend, given)[0]
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
     assert not torch.equal(out, plain(triton_backend, given)[0])
     assert (out - truth).abs().max() <= 4e-6 * truth.abs().max()
 
@@ -206,7 +217,7 @@ def test_three_products_in_tf32(planned):
         ("tf32", "none", torch.bfloat16, "ieee"),
     ],
 )
-def test_precision_follows_pytorch(monkeypatch, ours, everyones, dtype, expected):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", ours)
-    monkeypatch.setattr(torch.backends, "fp32_precision", everyones)
-    assert tiles.precision(dtype, None) == expected
+def test_precision_follows_pytorch(ours, everyones, dtype, expected):
+    with fp32_precision(ours, everyones):
+        assert tiles.precision(dtype, None) == expected
+    assert tiles.precision(dtype, None) == "ieee"
