@@ -36,7 +36,7 @@ def row_splits(num_rows: int, num_groups: int, programs: int) -> int:
     """How many shares a sum over the rows of each group has, if these are of one size and one share
     is of so many programs."""
     most = -(-num_rows // (SPLIT_ROWS * num_groups))
-    return max(1, min(most, -(-PROGRAMS // programs), 32))
+    return max(1, min(most, -(-PROGRAMS // max(1, programs)), 32))
 
 
 @triton.jit
