@@ -189,7 +189,8 @@ def _call_norm(case: Case) -> None:
     weights, codes = _weights(case, sizes), _codes(case, len(sizes))
     scored = "unscored" not in case.flags
     if "backward" in case.flags:
-        grad, summed, pre_norm = (torch.empty_like(hidden) for _ in range(3))
+        grad, pre_norm = torch.empty_like(hidden), torch.empty_like(hidden)
+        summed = torch.empty_like(hidden) if ln_before else hidden.new_empty(0)
         p = torch.empty(case.rows, len(sizes)) if scored else torch.empty(0)
         backend.adapter_fusion_norm_backward(
             grad, None if ln_before else hidden, summed, pre_norm, *norm, ln_before, *weights,

@@ -88,10 +88,13 @@ class LaneTable:
 
     def at(self, lane_numbers: Tensor) -> Tensor:
         """int32, of the shape of `lane_numbers`."""
-        if self._values.device != lane_numbers.device:
+        values = self._values
+        if values.device != lane_numbers.device:
             # once: a copy to a GPU in every forward would wait for it
-            self._values = self._values.to(lane_numbers.device)
-        return self._values[lane_numbers]
+            values = values.to(lane_numbers.device)
+            if not torch.compiler.is_compiling():  # what a CUDA graph makes is not to be kept
+                self._values = values
+        return values[lane_numbers]
 
 
 class Call(Protocol):

@@ -720,11 +720,12 @@ def test_opcheck_compile(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_norm_compile(backend):
+@pytest.mark.parametrize("ln_before", [False, True], ids=["after", "before-and-after"])
+def test_opcheck_norm_compile(ln_before, backend):
     case = Case(mask=True, padding=2)
     given = require_grad(norm_tensors_of(case, torch.float32, DEVICE[backend]))
     *tensors, sizes, activations = weights_of(case, given)
-    norm = (given["ln_weight"], given["ln_bias"], 1e-5, True)
+    norm = (given["ln_weight"], given["ln_bias"], 1e-5, ln_before)
     args = (given["x0"], given["residual"], *norm, *tensors, given["mask"], sizes, activations)
     torch.library.opcheck(torch.ops.fastfusion.adapter_fusion_norm.default, (*args, True, backend))
 

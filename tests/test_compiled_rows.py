@@ -9,6 +9,7 @@ from transformers import BertConfig
 
 from fastfusion import AutoAdapterModel
 from fastfusion.composition import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
+from fastfusion.lanes import LaneTable
 
 COMPILED = {
     "single": "a",
@@ -106,3 +107,14 @@ def test_compiled_rows(entries, backend, recorded):
     orders = [numbers, numbers.flip(0), numbers[torch.randint(len(numbers), (len(numbers),))]]
     calls = [(ids, {"adapter_ids": own}) for own in orders]
     compiled_gives_the_same(model, calls, recorded, backend)
+
+
+def test_a_compiled_graph_keeps_nothing_on_a_device():
+    """A table that a graph moved there would lie in its memory; the next call would trace anew."""
+    table = LaneTable([3, 1, 2])
+    counter = CompileCounterWithBackend("eager")
+    at = torch.compile(table.at, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert at(torch.zeros(4, dtype=torch.int64, device="meta")).device.type == "meta"
+    assert counter.frame_count == 1
+    assert table.at(torch.tensor([1, 0])).tolist() == [1, 3]

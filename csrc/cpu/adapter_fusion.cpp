@@ -280,10 +280,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_fusion_norm(
   expect(ln_weight, "ln_weight", {shape[1]}, ScalarType::Float);
   expect(ln_bias, "ln_bias", {shape[1]}, ScalarType::Float);
   const Tensor p = new_attention(out, m, out.size(0));
-  const auto saved = [&] {
-    return save ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
+  const auto kept = [&](bool is_kept) {
+    return is_kept ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
   };
-  const Tensor summed = saved(), total = saved();
+  const Tensor summed = kept(save && ln_before), total = kept(save);
   with_dtype(out, [&]<typename T>() {
     const Projection<T> projection(m, weights, {hidden}, std::nullopt);
     const Matrix<T> to = matrix<T>(out);
@@ -311,10 +311,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_fusion_norm(
         [&](int64_t first, int64_t rows) {
           NormRows<T> pass = pass_at(first);
           pass.mix = pass.out;
-          if (save) {
-            pass.summed = data<T>(summed) + first * width;
-            pass.total = data<T>(total) + first * width;
-          }
+          if (save && ln_before) pass.summed = data<T>(summed) + first * width;
+          if (save) pass.total = data<T>(total) + first * width;
           normalise(pass, rows);
         });
   });
@@ -492,12 +490,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_fusio
   const Weights weights{w_down, b_down, w_score, b_score, w_out, temperature, mask};
   const Needs needs{needs_x, false, needs_down, needs_score, needs_out, false};
   return with_dtype(grad_out, [&]<typename T>() {
-    expect_matrix(summed, "summed");
+    expect_matrix(pre_norm, "pre_norm");
     STD_TORCH_CHECK(ln_before || hidden, "hidden: needed without ln_before; got None");
-    const int64_t rows = summed.size(0), width = summed.size(1);
-    expect(summed, "summed", {rows, width}, grad_out.scalar_type());
-    expect(grad_out, "grad_out", {rows, width}, grad_out.scalar_type());
+    const int64_t rows = pre_norm.size(0), width = pre_norm.size(1);
     expect(pre_norm, "pre_norm", {rows, width}, grad_out.scalar_type());
+    if (ln_before) expect(summed, "summed", {rows, width}, grad_out.scalar_type());
+    expect(grad_out, "grad_out", {rows, width}, grad_out.scalar_type());
     expect(ln_weight, "ln_weight", {width}, ScalarType::Float);
     expect(ln_bias, "ln_bias", {width}, ScalarType::Float);
     const float* weight = data<float>(ln_weight);

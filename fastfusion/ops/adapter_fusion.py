@@ -117,8 +117,9 @@ def _(x, query, residual, *args):
 def _(hidden, input, ln_weight, ln_bias, ln_eps, ln_before, *args):
     *weights, sizes, activations, save, backend = args
     p = _attention_like(hidden, weights[2], sizes)
-    saved = [hidden.new_empty(hidden.shape if save else [0]) for _ in range(2)]
-    return hidden.new_empty(hidden.shape), p, *saved
+    summed = hidden.new_empty(hidden.shape if save and ln_before else [0])
+    pre_norm = hidden.new_empty(hidden.shape if save else [0])
+    return hidden.new_empty(hidden.shape), p, summed, pre_norm
 
 
 def _weight_grads_like(like: Tensor, w_down, b_down, w_score, b_score, w_out, needs) -> list:

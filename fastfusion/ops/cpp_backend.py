@@ -199,7 +199,7 @@ def adapter_fusion_norm_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `torch_backend.adapter_fusion_norm_backward`."""
-    dtype = _compute_dtype(summed.dtype)
+    dtype = _compute_dtype(pre_norm.dtype)
     gradients = _OPS.adapter_fusion_norm_backward_cpu(
         _as(grad_out, dtype),
         _as(hidden, dtype),

@@ -192,8 +192,9 @@ def adapter_fusion_norm(
     activations: Sequence[int],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `fastfusion.ops.adapter_fusion_norm`; returns out, p and, with `save`, `hidden + input`
-    and what the last LayerNorm sees (otherwise two empty tensors)."""
+    """See `fastfusion.ops.adapter_fusion_norm`; returns out, p and, with `save`, what each
+    LayerNorm sees: `hidden + input` with `ln_before`, and its sum with the mixture (otherwise empty
+    tensors)."""
     dtype = hidden.dtype
     acc = _accumulate_dtype(dtype)
     norm = ([hidden.shape[-1]], ln_weight.to(acc), ln_bias.to(acc), ln_eps)
@@ -205,9 +206,9 @@ def adapter_fusion_norm(
     )  # fmt: skip
     pre_norm = summed + mixed
     out = F.layer_norm(pre_norm, *norm).to(dtype)
-    if save:
-        return out, p, summed.to(dtype), pre_norm.to(dtype)
-    return out, p, out.new_empty(0), out.new_empty(0)
+    empty = out.new_empty(0)
+    kept_summed = summed.to(dtype) if save and ln_before else empty
+    return out, p, kept_summed, pre_norm.to(dtype) if save else empty
 
 
 def adapter_fusion_norm_backward(
@@ -235,6 +236,7 @@ def adapter_fusion_norm_backward(
 
     Args:
         hidden: the adapters' input; None with `ln_before`, where it is recomputed from `summed`.
+        summed, pre_norm: of `adapter_fusion_norm` with `save`.
         needs: which of (hidden or input, the down weights, the score weights, w_out).
 
     Returns:
@@ -243,7 +245,7 @@ def adapter_fusion_norm_backward(
     """
     aten = torch.ops.aten
     needs_x, *needs_weights = needs
-    shape = [summed.shape[-1]]
+    shape = [pre_norm.shape[-1]]
     only_input = [True, False, False]
 
     def through_norm(grad: Tensor, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A plain call is a call with one group whose rows lie in order.
 import functools
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,17 @@ class Groups(NamedTuple):
     """How many adapters are in a tile at most."""
 
 
-# Kept for good: a CUDA graph may have captured their addresses.
+def kept_table(entries: list, width: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int32 table [entries, *width] to keep for good: a CUDA graph may capture its address.
+
+    Made in a thread of its own: to one that captures a graph, or warms up for it, PyTorch gives
+    memory of that graph's, which the graph may use again. Waits for the device.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        table = thread.submit(torch.tensor, entries, dtype=torch.int32, device=device).result()
+    return table.reshape(-1, *width)
+
+
 @functools.cache
 def tables(
     starts: tuple[Start, ...],
@@ -72,7 +83,7 @@ def tables(
                 found[tile].append((i, tile - first))
         tiles += [[inside[0][0], len(inside), inside[0][1]] for inside in found]
     parts = [
-        torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, *width)
+        kept_table(table, width, device)
         for table, width in ((groups, (8,)), (columns, (2,)), (adapters, ()), (tiles, (3,)))
     ]
     return Groups(*parts, most_tiles, max(adapters), max(tile[1] for tile in tiles))

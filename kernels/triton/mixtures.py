@@ -72,12 +72,12 @@ def outputs_of(mixture: Mixture) -> Outputs:
     num_scored = max_scored(mixture.counts, [score >= 0 for _, score, _ in mixture.starts])
     is_plain = mixture.groups is None and num_scored == 0
     p_shape = [0] if is_plain else [len(x), num_scored]
-    kept = x.shape if norm is not None and norm.save else [0]
+    keeps = norm is not None and norm.save
     return Outputs(
         x.new_empty(x.shape),
         x.new_empty(p_shape, dtype=torch.float32),
-        x.new_empty(kept),
-        x.new_empty(kept),
+        x.new_empty(x.shape if keeps and norm.before else [0]),
+        x.new_empty(x.shape if keeps else [0]),
     )
 
 
@@ -147,6 +147,6 @@ def norm_arguments(mixture: Mixture, outputs: Outputs) -> dict:
         "ln_weight_ptr": None if norm is None else norm.weight,
         "ln_bias_ptr": None if norm is None else norm.bias,
         "ln_eps": 0.0 if norm is None else norm.eps,
-        "summed_ptr": outputs.summed if keeps else None,
+        "summed_ptr": outputs.summed if keeps and norm.before else None,
         "pre_norm_ptr": outputs.pre_norm if keeps else None,
     }

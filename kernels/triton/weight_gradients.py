@@ -22,7 +22,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .groups import wide_columns
+from .groups import kept_table, wide_columns
 from .tiles import INTERPRETED, launch
 
 # A sum over rows is cut into shares of at least about SPLIT_ROWS of a group's rows, and into no
@@ -152,16 +152,15 @@ class WeightRows(NamedTuple):
     """Which right factor."""
 
 
-# Kept for good: a CUDA graph may have captured their addresses.
 @functools.cache
-def _tiles(parts: tuple[WeightRows, ...], block_m: int, device: torch.device) -> Tensor:
+def weight_tiles(parts: tuple[WeightRows, ...], block_m: int, device: torch.device) -> Tensor:
     """[tiles, 7], int32: the group, the first column in sixteens, then as in `WeightRows`."""
     found = [
         [part.group, column // 16, *part[1:]]
         for part in parts
         for column in range(part.begin // 16 * 16, part.end, block_m)
     ]
-    return torch.tensor(found, dtype=torch.int32, device=device).reshape(-1, 7)
+    return kept_table(found, (7,), device)
 
 
 def _add_splits(parts: Tensor, out: Tensor) -> None:
@@ -199,7 +198,7 @@ def weight_gradient(
     num_rows, hidden_size = products[0][1].shape[1:]
     height = len(weight)
     h_tiles = triton.cdiv(hidden_size, blocks["BLOCK_H"])
-    tiles = [_tiles(tuple(parts), blocks["BLOCK_M"], a.device) for a, _, parts in products]
+    tiles = [weight_tiles(tuple(parts), blocks["BLOCK_M"], a.device) for a, _, parts in products]
     splits = row_splits(num_rows, num_groups, sum(map(len, tiles)) * h_tiles)
     dweight = weight.new_empty(height, hidden_size)
     dbias = weight.new_empty(0 if bias is None else height)
