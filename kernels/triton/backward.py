@@ -54,6 +54,7 @@ from .tiles import (
     activate,
     activate_backward,
     add_bias,
+    ceil_div,
     contiguous,
     contiguous_rows,
     dot_one_hot,
@@ -427,7 +428,7 @@ def _mixture(
     found = tables(*layout, block_d, device)
     cut = row_blocks(groups, len(counts), num_rows, block_t)
     columns, adapters = widest(sizes, counts)
-    width = -(-(columns + adapters) // 16) * 16
+    width = ceil_div(columns + adapters, 16) * 16
     is_scored = any(score >= 0 for _, score, _ in starts)
     pre, dw = grad_out.new_empty(num_rows, width), grad_out.new_empty(num_rows, width)
     t, parts, doffset = None, None, None
@@ -474,7 +475,7 @@ def _mixture(
         **blocks["columns"],
     }
     launch(adapter_columns_bwd_kernel, cut.count * found.num_tiles, first)
-    num_tiles = triton.cdiv(width, blocks["scores"]["BLOCK_D"])
+    num_tiles = ceil_div(width, blocks["scores"]["BLOCK_D"])
     second = shared | {
         "p_ptr": p.contiguous() if is_scored else None,
         "adapters_ptr": found.adapters,
@@ -527,7 +528,7 @@ def _input_gradient(
         "end": end,
         "stride_am": 0 if add is None else add.stride(0),
     }
-    tiles = triton.cdiv(out.shape[1], arguments["BLOCK_H"])
+    tiles = ceil_div(out.shape[1], arguments["BLOCK_H"])
     launch(adapter_input_bwd_kernel, mixture.row_blocks * tiles, arguments)
 
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from fastfusion.ops.routing import routing_tables
 
+from .tiles import ceil_div
+
 Start = tuple[int, int, int]
 """A group's first row of down-projections, of score weights or -1, and of W_out."""
 
@@ -68,7 +70,7 @@ def tables(
         own = list(itertools.islice(each, count))
         num_columns = sum(size for size, _ in own)
         groups.append([*start, len(columns), len(adapters), len(tiles), num_columns, count])
-        num_tiles = max(1, -(-num_columns // block_d))
+        num_tiles = max(1, ceil_div(num_columns, block_d))
         most_tiles = max(most_tiles, num_tiles)
         found: list[list[tuple[int, int]]] = [[] for _ in range(num_tiles)]
         end = 0
@@ -77,7 +79,7 @@ def tables(
             begin, end = end, end + size
             # an adapter without columns still has a score
             first = min(begin // block_d, num_tiles - 1)
-            last = max(first, -(-end // block_d) - 1)
+            last = max(first, ceil_div(end, block_d) - 1)
             adapters.append(last - first + 1)
             for tile in range(first, last + 1):
                 found[tile].append((i, tile - first))
@@ -102,7 +104,7 @@ class RowBlocks(NamedTuple):
 def row_blocks(groups: Tensor | None, num_groups: int, num_rows: int, block_t: int) -> RowBlocks:
     """The blocks of rows with these groups, or of rows that all have the only one (None)."""
     if groups is None:
-        return RowBlocks(None, None, None, triton.cdiv(num_rows, block_t))
+        return RowBlocks(None, None, None, ceil_div(num_rows, block_t))
     order, offsets, blocks = routing_tables(groups, num_groups, block_t)
     return RowBlocks(order, offsets, blocks, len(blocks))
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .backward import adapter_fusion_backward
 from .norms import layer_norm
-from .tiles import contiguous_rows, launch
+from .tiles import ceil_div, contiguous_rows, launch, power_of_two
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -69,7 +69,7 @@ def _through_norm(
     """The gradient of a LayerNorm's input `value`, plus `add`."""
     grad, value = contiguous_rows(grad), contiguous_rows(value)
     num_rows, hidden_size = value.shape
-    block_h = triton.next_power_of_2(hidden_size)
+    block_h = power_of_two(hidden_size)
     block_t = max(1, 2048 // block_h)
     out = value.new_empty(num_rows, hidden_size)
     arguments = {
@@ -88,7 +88,7 @@ def _through_norm(
         # 16 elements of a tensor per thread of NVIDIA's
         "num_warps": min(16, max(4, block_h // 512)),
     }
-    launch(layer_norm_bwd_kernel, triton.cdiv(num_rows, block_t), arguments)
+    launch(layer_norm_bwd_kernel, ceil_div(num_rows, block_t), arguments)
     return out
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .tiles import launch
+from .tiles import ceil_div, launch, power_of_two
 
 FOLDED_ROWS = 16
 """Rows of weights that a program of `fold_norm_kernel` sums."""
@@ -82,7 +82,7 @@ def fold_norm(
     rows_down, rows_score = len(b_down), 0 if b_score is None else len(b_score)
     down = w_down.new_empty(2, rows_down, dtype=torch.float32)
     score = w_down.new_empty(2, rows_score, dtype=torch.float32)
-    down_programs = triton.cdiv(rows_down, FOLDED_ROWS)
+    down_programs = ceil_div(rows_down, FOLDED_ROWS)
     arguments = {
         "w_down_ptr": w_down,
         "b_down_ptr": b_down,
@@ -102,7 +102,7 @@ def fold_norm(
         "BLOCK_K": 128,
         "num_warps": 4,
     }
-    launch(fold_norm_kernel, down_programs + triton.cdiv(rows_score, FOLDED_ROWS), arguments)
+    launch(fold_norm_kernel, down_programs + ceil_div(rows_score, FOLDED_ROWS), arguments)
     return (*down, *((None, None) if b_score is None else score))
 
 
@@ -154,7 +154,7 @@ def layer_norm_kernel(
 def layer_norm(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, ln_eps: float, out: Tensor) -> Tensor:
     """LayerNorm of contiguous rows, written to `out`, which may be `x`."""
     num_rows, hidden_size = x.shape
-    block_h = triton.next_power_of_2(hidden_size)
+    block_h = power_of_two(hidden_size)
     block_t = max(1, 2048 // block_h)
     arguments = {
         "x_ptr": x,
@@ -168,5 +168,5 @@ def layer_norm(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, ln_eps: float, out
         "BLOCK_H": block_h,
         "num_warps": max(4, min(16, block_h // 1024)),
     }
-    launch(layer_norm_kernel, triton.cdiv(num_rows, block_t), arguments)
+    launch(layer_norm_kernel, ceil_div(num_rows, block_t), arguments)
     return out

@@ -144,9 +144,19 @@ if INTERPRETED:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Triton's `cdiv` and `next_power_of_2` serve kernels too, and take 10 us on the host.
+def ceil_div(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest that is not less than `size`, which is at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """The block that holds `size` entries: a power of two that a matrix product can take."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def precision(dtype: torch.dtype, target: GPUTarget | None) -> str:

@@ -53,7 +53,16 @@ from .mixtures import (
 from .norms import layer_norm, normalise_rows
 from .projections import attention, normalised, project, row_shift, statistics
 from .schedules import schedule
-from .tiles import activate, add_bias, dot_one_hot, dot_rows, launch, padded, precision
+from .tiles import (
+    activate,
+    add_bias,
+    ceil_div,
+    dot_one_hot,
+    dot_rows,
+    launch,
+    padded,
+    precision,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
@@ -337,7 +346,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     rows, residual = row_arguments(mixture), residual_arguments(mixture)
     norms = norm_arguments(mixture, outputs)
     # 16 columns: what `wide_columns` rounds to
-    z = x.new_empty(num_rows, triton.cdiv(columns, 16) * 16)
+    z = x.new_empty(num_rows, ceil_div(columns, 16) * 16)
     parts = None
     if is_scored:
         parts = x.new_empty(found.num_parts, num_rows, adapters, dtype=outputs.p.dtype)
@@ -393,7 +402,7 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "BLOCK_H": block_h,
     }
     launch(adapter_columns_kernel, cut.count * found.num_tiles, first)
-    h_tiles = 1 if fused_norm else triton.cdiv(hidden_size, block_h)
+    h_tiles = 1 if fused_norm else ceil_div(hidden_size, block_h)
     launch(adapter_output_kernel, cut.count * h_tiles, second)
     if norm is not None and not fused_norm:
         layer_norm(kept, norm.weight, norm.bias, norm.eps, outputs.out)

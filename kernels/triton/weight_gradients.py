@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .groups import kept_table, wide_columns
-from .tiles import INTERPRETED, launch
+from .tiles import INTERPRETED, ceil_div, launch
 
 # A sum over rows is cut into shares of at least about SPLIT_ROWS of a group's rows, and into no
 # more than give PROGRAMS, two for each multiprocessor of the largest GPUs: each share writes and
@@ -35,8 +35,8 @@ PROGRAMS = 264
 def row_splits(num_rows: int, num_groups: int, programs: int) -> int:
     """How many shares a sum over the rows of each group has, if these are of one size and one share
     is of so many programs."""
-    most = -(-num_rows // (SPLIT_ROWS * num_groups))
-    return max(1, min(most, -(-PROGRAMS // max(1, programs)), 32))
+    most = ceil_div(num_rows, SPLIT_ROWS * num_groups)
+    return max(1, min(most, ceil_div(PROGRAMS, max(1, programs)), 32))
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _add_splits(parts: Tensor, out: Tensor) -> None:
         "num_warps": 4,
         "num_stages": 3,
     }
-    launch(add_splits_kernel, triton.cdiv(out.numel(), 1024), arguments)
+    launch(add_splits_kernel, ceil_div(out.numel(), 1024), arguments)
 
 
 def weight_gradient(
@@ -197,7 +197,7 @@ def weight_gradient(
     """
     num_rows, hidden_size = products[0][1].shape[1:]
     height = len(weight)
-    h_tiles = triton.cdiv(hidden_size, blocks["BLOCK_H"])
+    h_tiles = ceil_div(hidden_size, blocks["BLOCK_H"])
     tiles = [weight_tiles(tuple(parts), blocks["BLOCK_M"], a.device) for a, _, parts in products]
     splits = row_splits(num_rows, num_groups, sum(map(len, tiles)) * h_tiles)
     dweight = weight.new_empty(height, hidden_size)
