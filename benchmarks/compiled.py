@@ -1,6 +1,6 @@
 """Every kernel compiled for every target, and what its binary says: docs/compiled.json and .md.
 
-    python benchmarks/compiled.py --jobs 2                   # all shapes: hours
+    python benchmarks/compiled.py --jobs 2                   # all shapes: an hour
     python benchmarks/compiled.py --named                    # the cases of test_triton_compile.py
     python benchmarks/compiled.py --filter 'gfx950 .* fp32'  # those whose names match
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from binary import Reading, faults, read
-from launches import DTYPES, TARGETS, Case, compiled, identity, recorded
+from launches import TARGETS, Case, compiled, identity, recorded
 from table import table as markdown
 from triton import knobs
 from triton.errors import TritonError
@@ -82,8 +82,18 @@ NAMED: tuple[Case, ...] = (
 )  # fmt: skip
 
 
-HIDDEN, SIZES, COUNTS = (64, 384, 768, 1024, 1600, 8192), (4, 48, 64, 256, 512), (1, 3, 8, 16, 64)
-CALLS = (
+# What a kernel's code depends on, each from end to end: dtype, H, size and number of adapters.
+SHAPES: tuple[tuple[str, int, int, int], ...] = (
+    *(
+        ("bf16", 768, size, count)
+        for size, count in ((48, 1), (48, 3), (48, 8), (4, 8), (64, 64), (256, 3), (512, 16))
+    ),
+    *(("bf16", hidden, 48, 8) for hidden in (64, 384, 1024, 1600, 8192)),
+    ("fp16", 768, 48, 8),
+    *(("fp32", 768, size, count) for size, count in ((48, 3), (48, 8), (512, 16))),
+    ("fp32", 8192, 48, 8),
+)
+CALLS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("plain", (), 16384),
     ("plain", (), SOME),
     ("plain", (), FEW),
@@ -98,18 +108,14 @@ CALLS = (
 
 
 def every_case() -> Iterator[Case]:
-    """The named ones; and each call for every size of bottlenecks with every number of adapters at
-    H=768, and at other sizes (of fp16 at all) where either is BERT's or 8."""
+    """The named ones, and each call for every shape on every target."""
     yield from NAMED
-    for target, dtype, hidden, (op, flags, rows) in product(TARGETS, DTYPES, HIDDEN, CALLS):
-        for size, count in product(SIZES, COUNTS):
-            if (hidden == 768 and dtype != "fp16") or size == 48 or count == 8:
-                groups = ((size,) * count,)
-                if op == "grouped":
-                    groups += ((size, size // 2), (size,))
-                yield _case(
-                    op, groups, *flags, target=target, dtype=dtype, hidden=hidden, rows=rows
-                )
+    for target, shape, (op, flags, rows) in product(TARGETS, SHAPES, CALLS):
+        dtype, hidden, size, count = shape
+        groups = ((size,) * count,)
+        if op == "grouped":
+            groups += ((size, size // 2), (size,))
+        yield _case(op, groups, *flags, target=target, dtype=dtype, hidden=hidden, rows=rows)
 
 
 class Entry(NamedTuple):
