@@ -30,7 +30,8 @@ test: venv
 test-triton: venv
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_adapter_fusion.py tests/test_grouped.py \
 	  tests/test_golden.py tests/test_triton_forward.py tests/test_triton_backward.py tests/test_interpreter.py \
-	  tests/test_instrument.py tests/test_launches.py tests/test_bytes.py tests/test_planted_bugs.py tests/test_tuning.py
+	  tests/test_instrument.py tests/test_launches.py tests/test_bytes.py tests/test_bytes_backward.py \
+	  tests/test_planted_bugs.py tests/test_tuning.py
 
 # For GPUs that need not be there; minutes of compiling, most of it not in Python.
 test-compile: venv

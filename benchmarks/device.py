@@ -1,27 +1,15 @@
 """The device that gpu.py runs on: what it is, its clock and CUDA graphs; a CPU in a dry run."""
 
 import functools
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
 import torch
+from peaks import PEAKS
 
-FLUSHED_BYTES = 512 * 2**20
-"""Written between repetitions: more than any last-level cache, MI300X's 256 MiB too."""
-PEAKS = {
-    # dense bf16 TFLOP/s and GB/s, from the makers' data sheets
-    "A100-SXM4-40GB": (312, 1555),
-    "A100-SXM4-80GB": (312, 2039),
-    "A100 80GB PCIe": (312, 1935),
-    "H100 80GB HBM3": (989, 3350),
-    "H100 PCIe": (756, 2000),
-    "H200": (989, 4800),
-    "MI300X": (1307, 5300),
-}
+from fastfusion.kernels.triton import machine
+from fastfusion.kernels.triton.device_timer import ColdCaches
 
 
 class Graph:
@@ -56,8 +44,8 @@ class GPU:
         self.device = torch.device("cuda", torch.cuda.current_device())
 
     @functools.cached_property
-    def _flushed(self) -> torch.Tensor:
-        return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=self.device)
+    def _caches(self) -> ColdCaches:
+        return ColdCaches(self.device)
 
     def facts(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.device)
@@ -70,26 +58,14 @@ class GPU:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "runtime": f"ROCm {torch.version.hip}" if torch.version.hip else torch.version.cuda,
-            "driver": _driver(),
-            "peak_tflops": peaks[0][0] if peaks else None,
-            "peak_gb_s": peaks[0][1] if peaks else None,
+            "driver": machine.driver(),
+            "peak_tflops": round(peaks[0].flops / 1e12, 1) if peaks else None,
+            "peak_gb_s": round(peaks[0].bytes / 1e9) if peaks else None,
         }
 
     def timed(self, call: Callable) -> float:
-        """ms between two events around a call, from cold caches.
-
-        A graph is launched while the caches are still being flushed, so that the time is the
-        device's alone. Everything else starts on an idle device: the time has its launches in it.
-        """
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushed.zero_()
-        if not isinstance(call, Graph):
-            torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        """ms from cold caches: of a graph the device's alone, of everything else launches too."""
+        return self._caches.time_ms(call, from_idle=not isinstance(call, Graph))
 
     def peak_mib(self, call: Callable) -> float:
         """What a call needs beyond what is there when it starts."""
@@ -119,14 +95,3 @@ class DryRun:
 
 def open_device(is_dry: bool) -> GPU | DryRun:
     return DryRun() if is_dry else GPU()
-
-
-def _driver() -> str:
-    if torch.version.hip:
-        amd = Path("/sys/module/amdgpu/version")
-        return amd.read_text().strip() if amd.exists() else "unknown"
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    return found[0] if found else "unknown"

@@ -156,7 +156,7 @@ def _weights(case: Case, sizes: tuple[int, ...]) -> list[Tensor | None]:
         _empty(case, padded, case.hidden) if scored else None,
         _empty(case, padded) if scored else None,
         _empty(case, padded, case.hidden),
-        torch.tensor(1.5) if "temperature" in case.flags else None,
+        torch.full([], 1.5) if "temperature" in case.flags else None,
     ]
 
 

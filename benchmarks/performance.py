@@ -4,29 +4,17 @@ python benchmarks/performance.py
 """
 
 import json
-from typing import NamedTuple
 
+from peaks import PEAKS, Peak
 from table import RESULTS, ROOT, table
 
 ROWS, ADAPTERS, HIDDEN, SIZE = (1024, 16384), (3, 8, 16), 768, 48
 ELEMENT = 2  # bf16
-
-
-class Gpu(NamedTuple):
-    name: str
-    flops: float
-    """Dense bf16 products a second, the sums in fp32."""
-    bytes: float
-    """To and from device memory, a second."""
-    source: str
-
-
-GPUS = (
-    Gpu("A100", 312e12, 2.039e12, "NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM"),
-    Gpu("H100", 989.5e12, 3.35e12, "NVIDIA H100 Tensor Core GPU data sheet, H100 SXM, half of the "
-        "figure with sparsity"),
-    Gpu("MI300X", 1307.4e12, 5.3e12, "AMD Instinct MI300X data sheet"),
-)  # fmt: skip
+GPUS = {
+    "A100": PEAKS["A100-SXM4-80GB"],
+    "H100": PEAKS["H100 80GB HBM3"],
+    "MI300X": PEAKS["MI300X"],
+}
 
 HEAD = """# Performance on GPUs
 
@@ -87,9 +75,9 @@ def backward(rows: int, adapters: int) -> tuple[int, int]:
     return flops, moved
 
 
-def bound(gpu: Gpu, flops: int, moved: int) -> str:
+def bound(peak: Peak, flops: int, moved: int) -> str:
     """The time in microseconds, and what it is spent on."""
-    by_flops, by_bytes = flops / gpu.flops * 1e6, moved / gpu.bytes * 1e6
+    by_flops, by_bytes = flops / peak.flops * 1e6, moved / peak.bytes * 1e6
     limit = "products" if by_flops > by_bytes else "bytes"
     return f"{max(by_flops, by_bytes):.1f} ({limit})"
 
@@ -101,13 +89,14 @@ def bounds() -> list[str]:
         for rows in ROWS:
             for adapters in ADAPTERS:
                 flops, moved = cost(rows, adapters)
-                times = [bound(gpu, flops, moved) for gpu in GPUS]
+                times = [bound(peak, flops, moved) for peak in GPUS.values()]
                 size = [f"{flops / 1e9:.2f}", f"{moved / 1e6:.1f}"]
                 cells.append([str(rows), str(adapters), *size, *times])
         lines += [f"Lower bounds of the {name} in microseconds:", ""]
-        lines += table(["T", "N", "Gflop", "MB", *(gpu.name for gpu in GPUS)], cells)
+        lines += table(["T", "N", "Gflop", "MB", *GPUS], cells)
     cells = [
-        [gpu.name, f"{gpu.flops / 1e12:.1f}", f"{gpu.bytes / 1e12:.3f}", gpu.source] for gpu in GPUS
+        [name, f"{peak.flops / 1e12:.1f}", f"{peak.bytes / 1e12:.3f}", peak.source]
+        for name, peak in GPUS.items()
     ]
     lines += ["Peaks:", ""]
     return lines + table(["", "Tflop/s, bf16 dense", "TB/s", "source"], cells)

@@ -1,4 +1,4 @@
-"""What the launches of one place move through memory, as `benchmarks/bytes.py` counts it.
+"""What the forward launches of one place move through memory, as `benchmarks/bytes.py` counts it.
 
 TRITON_INTERPRET=1 pytest tests/test_bytes.py
 

@@ -4,7 +4,8 @@
 
 `test_adapter_fusion` and `test_grouped` hold the ops' gradients against their definition. Here
 stand the sizes, splits and layouts that the kernels treat in ways of their own. The rule for errors
-is the one there, with the torch backend in the test's dtype as what may err.
+is the one there, with the torch backend in the test's dtype as what may err. `test_launches` has
+what a launch must not touch, and its programs in other orders.
 """
 
 from dataclasses import replace
@@ -32,7 +33,6 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from fastfusion.kernels.triton import (  # noqa: E402
     backward,
@@ -274,93 +274,3 @@ def test_layer_norm(hidden, with_add, dtype):
     arguments = [given[name] for name in ("grad", "value", "weight")]
     actual = norm_backward._through_norm(*arguments, 1e-5, add=given["add"] if with_add else None)
     assert_as_good({"dvalue": actual}, plain, truth, dtype)
-
-
-# --------------------------------------------------------------------------------------------------
-# what the interpreter does not notice
-
-
-def guarded(monkeypatch, record) -> None:
-    """Every tensor of a launch lies between two stripes of sevens, which must stay."""
-    guard = 4096
-
-    def launch(kernel, programs, arguments):
-        record.append(kernel)
-        stripes, given = [], dict(arguments)
-        for name, value in arguments.items():
-            if not isinstance(value, torch.Tensor) or value.numel() == 0:
-                continue
-            size = value.untyped_storage().nbytes() // value.element_size()
-            whole = torch.full([size + 2 * guard], 7, dtype=value.dtype)
-            inner = whole[guard:-guard]
-            inner.copy_(value.as_strided([size], [1], 0))
-            moved = inner.as_strided(value.shape, value.stride(), guard + value.storage_offset())
-            stripes.append((whole, inner, value, size))
-            given[name] = moved
-        tiles.launch(kernel, programs, given)
-        for whole, inner, value, size in stripes:
-            assert (whole[:guard] == 7).all() and (whole[-guard:] == 7).all(), kernel
-            value.as_strided([size], [1], 0).copy_(inner)
-
-    for module in (backward, weight_gradients, norm_backward):
-        monkeypatch.setattr(module, "launch", launch)
-
-
-@pytest.fixture(params=["guarded", "reversed", "shuffled"])
-def disturbed(request, monkeypatch):
-    """Launches whose tensors are guarded, or whose programs run in another order."""
-    record: list = []
-
-    def disturb():
-        if request.param == "guarded":
-            guarded(monkeypatch, record)
-            return record
-        set_index = InterpreterBuilder.set_grid_idx
-
-        def moved(self, x, y, z):
-            count = self.grid_dim[0]
-            generator = torch.Generator().manual_seed(count)
-            order = torch.randperm(count, generator=generator)
-            x = count - 1 - x if request.param == "reversed" else order[x].item()
-            set_index(self, x, y, z)
-
-        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", moved)
-        return None
-
-    return disturb
-
-
-@pytest.mark.parametrize("inputs", [1, 3], ids=["", "inputs"])
-def test_programs_write_their_own(inputs, disturbed):
-    """Nothing beside the outputs, and the same bits in any order of the programs."""
-    case = replace(EVERYTHING, rows=70, sizes=(30, 7, 33), inputs=inputs)
-    arguments = arguments_of(case, torch.float32)
-    expected = gradients(backward.adapter_fusion_backward, arguments)
-    record = disturbed()
-    for name, value in gradients(backward.adapter_fusion_backward, arguments).items():
-        assert torch.equal(value, expected[name]), name
-    assert record is None or len(set(record)) == 5
-
-
-def test_programs_of_groups_write_their_own(disturbed):
-    arguments = grouped_arguments(ROWS["shuffled"], test_grouped.GROUPS, torch.float32)
-    expected = grouped_gradients(backward.adapter_fusion_grouped_backward, arguments)
-    disturbed()
-    actual = grouped_gradients(backward.adapter_fusion_grouped_backward, arguments)
-    for name, value in actual.items():
-        assert torch.equal(value, expected[name]), name
-
-
-@pytest.mark.parametrize("ln_before", [False, True], ids=["after", "before-and-after"])
-def test_programs_of_norms_write_their_own(ln_before, disturbed):
-    case = Case(mask=True)
-    grad, x, _, *weights, mask, p, sizes, activations, _ = arguments_of(case, torch.float32)
-    hidden = None if ln_before else x[0]
-    summed, pre_norm = torch.randn(2, case.rows, case.hidden)
-    norm = (torch.randn(case.hidden), torch.randn(case.hidden), 1e-5, ln_before)
-    arguments = (grad, hidden, summed, pre_norm, *norm, *weights, mask, p, sizes, activations)
-    expected = norm_backward.adapter_fusion_norm_backward(*arguments, [True] * 4)
-    disturbed()
-    actual = norm_backward.adapter_fusion_norm_backward(*arguments, [True] * 4)
-    for value, truth in zip(actual, expected, strict=True):
-        assert torch.equal(value, truth)

@@ -27,10 +27,10 @@ The weights' sums stand in `weight_gradients.py`. No atomics: the same bits ever
 Precision: fp32 accumulation, as in `two_launches.py`. pre, t, dw and what is made of them are
 rounded to the inputs' dtype between the launches, as PyTorch's products are.
 
-Bytes per row, with e bytes per element: the first launch reads x, g (and a query of its own) once
-from device memory, ceil(D / BLOCK_D) times in all, and writes 3*W*e and the parts; the second reads
-and writes 3*W*e; the third reads 2*W*e, ceil(H / BLOCK_H) times in all, and writes H*e. Nothing
-waits for the device after a layout's first call, which makes tables: CUDA graphs capture all.
+Bytes per row (e per element, D rounded up to 16): the first launch reads x, g (and a query of its
+own) once from device memory, ceil(D / BLOCK_D) times in all, and writes 3*D*e and the parts; the
+second reads these and writes 3*W*e; the third reads (D + W)*e, ceil(H / BLOCK_H) times in all, and
+writes H*e. After a layout's first call, which makes tables, nothing waits: CUDA graphs capture all.
 
 One input per adapter: they are stacked to [N, T, H], and the third launch is one for each input.
 """

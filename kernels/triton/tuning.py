@@ -16,11 +16,8 @@ import datetime
 import itertools
 import json
 import math
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +25,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from . import schedule_files, schedules
+from . import machine, schedule_files, schedules
 from .candidates import Blocks, candidates
 from .tiles import launched
 from .tuning_cases import Call, Case, call_of, expected_of
@@ -259,26 +256,10 @@ def facts(device: torch.device) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "driver": _driver()}
-    if commit := _printed("git", "-C", str(Path(__file__).parent), "describe", "--always"):
+        found |= {"device": torch.cuda.get_device_name(device), "driver": machine.driver()}
+    if commit := machine.commit():
         found["commit"] = commit
     return found
-
-
-def _printed(*command: str) -> str:
-    """A program's first word, or nothing where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return run.stdout.split()[0] if run.returncode == 0 and run.stdout.split() else ""
-
-
-def _driver() -> str:
-    amd = Path("/sys/module/amdgpu/version")
-    if torch.version.hip:
-        return amd.read_text().strip() if amd.exists() else "unknown"
-    query = ("--query-gpu=driver_version", "--format=csv,noheader")
-    return _printed("nvidia-smi", *query) or "unknown"
 
 
 def tune(

@@ -9,7 +9,7 @@ The gradient of a bias is the sum of a alone, taken by the programs of the first
 
 Bytes per row, with e bytes per element and a of W columns: W*e and H*e, read ceil(H / BLOCK_H) and
 ceil(W / BLOCK_M) times, from L2 after the first; then 4 bytes per share and entry of the weight,
-written and read.
+written and read. A bias reads W*e once more.
 """
 
 import functools
