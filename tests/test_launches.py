@@ -31,7 +31,7 @@ from test_adapter_fusion import (
     weights_of,
 )
 
-from fastfusion.kernels.triton.groups import tables
+from fastfusion.kernels.triton.groups import Layout, tables
 from fastfusion.kernels.triton.weight_gradients import WeightRows, weight_tiles
 from fastfusion.ops import (
     GroupedWeights,
@@ -235,10 +235,9 @@ class Operators(TorchDispatchMode):
 
 def test_tables_that_are_kept_are_made_in_another_thread():
     """What a thread allocates while it warms up or captures a CUDA graph is that graph's."""
+    layout = Layout((31, 5, 7), (1, 1, 0), (3,), ((0, 0, 0),))
     with Operators() as operators:
-        found = tables.__wrapped__(
-            ((0, 0, 0),), (3,), (31, 5, 7), (1, 1, 0), 16, torch.device("cpu")
-        )
+        found = tables.__wrapped__(layout, 16, torch.device("cpu"))
         tiles = weight_tiles.__wrapped__((WeightRows(0, 0, 46, 46, 0, 0),), 32, torch.device("cpu"))
     assert operators.names == {"aten::view"}
     assert found.adapters.tolist() == [2, 2, 1]

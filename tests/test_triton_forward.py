@@ -162,6 +162,16 @@ def test_norm_of_rows_far_from_zero(planned, mean, dtype):
     assert_as_good(*(norm(b, g, True, False) for b, g in with_backends(given, double)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+def test_norm_of_rows_whose_first_entries_are_far_away(planned, dtype):
+    """What is subtracted is near the mean of the whole row, not of its first tile."""
+    given = call(19, 768, (8, 8), dtype)
+    for name in ("x", "residual"):
+        given[name][:, :32] += 15
+    double = as_double(given)
+    assert_as_good(*(norm(b, g, True, False) for b, g in with_backends(given, double)))
+
+
 def test_constant_rows(planned):
     """A row without variance is its bias, as in PyTorch; nothing is divided by zero."""
     given = call(3, 64, (8,), torch.float32)

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastfusion.ops.weights import layouts
-
 from . import one_launch, two_launches
-from .groups import Start, widest
+from .groups import grouped_layout, plain_layout
 from .mixtures import Mixture, Norm, Outputs
 from .schedules import fits_one_launch, target_of
 
@@ -22,7 +20,7 @@ from .schedules import fits_one_launch, target_of
 def _run(mixture: Mixture) -> Outputs:
     x = mixture.x[0]
     target = target_of(x.device)
-    widths = widest(mixture.sizes, mixture.counts)
+    widths = mixture.layout.columns, mixture.layout.adapters
     if fits_one_launch(one_launch.schedule_of(mixture), *widths, x.dtype, target, len(x)):
         return one_launch.run(mixture, target)
     return two_launches.run(mixture, target)
@@ -44,10 +42,9 @@ def adapter_fusion(
     activations: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion`."""
-    start = (0, -1 if w_score is None else 0, 0)
     mixture = Mixture(
         x, query, residual, None, w_down, b_down, w_score, b_score, w_out, temperature, mask,
-        score_offset, [start], [len(sizes)], sizes, activations,
+        score_offset, plain_layout(sizes, activations, w_score is not None),
     )  # fmt: skip
     outputs = _run(mixture)
     return outputs.out, outputs.p
@@ -72,21 +69,12 @@ def adapter_fusion_norm(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fastfusion.ops.adapter_fusion_norm`."""
-    start = (0, -1 if w_score is None else 0, 0)
     norm = Norm(ln_weight.contiguous(), ln_bias.contiguous(), ln_eps, ln_before, save)
     mixture = Mixture(
         [hidden], None, input, None, w_down, b_down, w_score, b_score, w_out, temperature, mask,
-        None, [start], [len(sizes)], sizes, activations, norm,
+        None, plain_layout(sizes, activations, w_score is not None), norm,
     )  # fmt: skip
     return tuple(_run(mixture))
-
-
-def starts(sizes: Sequence[int], counts: Sequence[int], scored: Sequence[int]) -> list[Start]:
-    """Where the parts of each group begin in `GroupedWeights`."""
-    return [
-        (part.down.start, -1 if part.score is None else part.score.start, part.out.start)
-        for part in layouts(sizes, counts, scored)
-    ]
 
 
 def adapter_fusion_grouped(
@@ -105,7 +93,7 @@ def adapter_fusion_grouped(
     """See `fastfusion.ops.adapter_fusion_grouped`."""
     mixture = Mixture(
         [x], None, residual, groups, w_in, b_in, w_in, b_in, w_out, None, mask, None,
-        starts(sizes, counts, scored), counts, sizes, activations,
+        grouped_layout(sizes, activations, counts, scored),
     )  # fmt: skip
     outputs = _run(mixture)
     return outputs.out, outputs.p

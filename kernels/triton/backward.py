@@ -46,8 +46,15 @@ import triton
 import triton.language as tl
 from fastfusion.ops.weights import layouts
 
-from .adapter_fusion import starts as group_starts
-from .groups import Start, row_blocks, rows_of, tables, wide_columns, widest
+from .groups import (
+    Layout,
+    grouped_layout,
+    plain_layout,
+    row_blocks,
+    rows_of,
+    tables,
+    wide_columns,
+)
 from .schedule_files import SAME_ROWS
 from .schedules import schedule, target_of
 from .tiles import (
@@ -73,7 +80,10 @@ def _two_products(
     v_ptr, v_rows, mask_v, acc_v,
     H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + x[rows] @ w[w_rows]^T, and the same for v unless `v_ptr` is None; x is read once."""
+    """acc + x[rows] @ w[w_rows]^T, and the same for v unless `v_ptr` is None; x is read once.
+
+    Without v, `acc_v` is any tensor: Triton 3.6 does not return a None.
+    """
     for k in range(0, H, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < H
@@ -154,7 +164,7 @@ def adapter_columns_bwd_kernel(
         if query_ptr is not None:
             t, _ = _two_products(
                 query_ptr, stride_qm, rows, mask_t,
-                w_score_ptr, score + offs_d, mask_m, t, None, None, None, None,
+                w_score_ptr, score + offs_d, mask_m, t, None, None, None, t,
                 H, BLOCK_K, PRECISION,
             )  # fmt: skip
             t = add_bias(t, b_score_ptr, score + offs_d, mask_m)
@@ -163,13 +173,13 @@ def adapter_columns_bwd_kernel(
         for i in range(first, first + count):
             pre, _ = _two_products(
                 x_ptr + i * tl.cast(stride_xi, tl.int64), stride_xm, rows, mask_t,
-                w_down_ptr, down + offs_d, adapter == i, pre, None, None, None, None,
+                w_down_ptr, down + offs_d, adapter == i, pre, None, None, None, pre,
                 H, BLOCK_K, PRECISION,
             )  # fmt: skip
     elif (w_score_ptr is None) or (query_ptr is not None):
         pre, _ = _two_products(
             x_ptr, stride_xm, rows, mask_t,
-            w_down_ptr, down + offs_d, mask_d, pre, None, None, None, None,
+            w_down_ptr, down + offs_d, mask_d, pre, None, None, None, pre,
             H, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
@@ -188,7 +198,7 @@ def adapter_columns_bwd_kernel(
     if w_score_ptr is None:
         dw, _ = _two_products(
             grad_ptr, stride_gm, rows, mask_t,
-            w_out_ptr, values + offs_d, mask_d, dw, None, None, None, None,
+            w_out_ptr, values + offs_d, mask_d, dw, None, None, None, dw,
             H, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
@@ -398,10 +408,7 @@ def _mixture(
     temperature: Tensor | None,
     mask: Tensor | None,
     p: Tensor,
-    starts: Sequence[Start],
-    counts: Sequence[int],
-    sizes: Sequence[int],
-    activations: Sequence[int],
+    layout: Layout,
     needs_offset: bool,
 ) -> _Mixture:
     """The first two launches.
@@ -410,8 +417,7 @@ def _mixture(
         inputs: [1 or N, T, H].
         query: None where it is the only input.
         groups: each row's group, or None where all rows have the only one.
-        starts: of the groups; `w_down` and `w_score` may be one tensor.
-        counts: of adapters.
+        layout: `w_down` and `w_score` may be one tensor.
     """
     num_rows, hidden_size = grad_out.shape
     dtype, device = grad_out.dtype, grad_out.device
@@ -424,12 +430,11 @@ def _mixture(
     if len(set(of_rows.values())) > 1:
         raise ValueError(f"schedules: expected one BLOCK_T for {num_rows} rows; got {of_rows}")
     block_t, block_d = blocks["columns"]["BLOCK_T"], blocks["columns"]["BLOCK_D"]
-    layout = tuple(tuple(part) for part in (starts, counts, sizes, activations))
-    found = tables(*layout, block_d, device)
-    cut = row_blocks(groups, len(counts), num_rows, block_t)
-    columns, adapters = widest(sizes, counts)
-    width = ceil_div(columns + adapters, 16) * 16
-    is_scored = any(score >= 0 for _, score, _ in starts)
+    found = tables(layout, block_d, device)
+    cut = row_blocks(groups, len(layout.counts), num_rows, block_t)
+    adapters = layout.adapters
+    width = ceil_div(layout.columns + adapters, 16) * 16
+    is_scored = any(layout.scored)
     pre, dw = grad_out.new_empty(num_rows, width), grad_out.new_empty(num_rows, width)
     t, parts, doffset = None, None, None
     if is_scored:
@@ -451,7 +456,7 @@ def _mixture(
         "columns_ptr": found.columns,
         "num_adapters": adapters,
         "stride_w": width,
-        "CODES": tuple(sorted(set(activations))),
+        "CODES": layout.codes,
         "PRECISION": precision(dtype, target),
     }
     first = shared | {
@@ -498,7 +503,7 @@ def _mixture(
     sums = {
         "order": cut.order,
         "offsets": cut.offsets,
-        "num_groups": len(counts),
+        "num_groups": len(layout.counts),
         "blocks": blocks["weights"],
         "precision": precision(dtype, target),
     }
@@ -572,8 +577,7 @@ def adapter_fusion_backward(
     mixture = _mixture(
         grad_out=grad_out, inputs=inputs, query=query, groups=None, w_down=w_down, b_down=b_down,
         w_score=w_score, b_score=b_score, w_out=w_out, temperature=temperature, mask=mask, p=p,
-        starts=[(0, -1 if w_score is None else 0, 0)], counts=[len(sizes)], sizes=sizes,
-        activations=activations, needs_offset=needs_offset,
+        layout=plain_layout(sizes, activations, w_score is not None), needs_offset=needs_offset,
     )  # fmt: skip
     own = list(zip([0, *ends], ends, strict=False))  # the columns that read each input
     if needs_x:
@@ -626,8 +630,7 @@ def adapter_fusion_grouped_backward(
     mixture = _mixture(
         grad_out=grad_out, inputs=inputs, query=None, groups=groups, w_down=w_in, b_down=b_in,
         w_score=w_in, b_score=b_in, w_out=w_out, temperature=None, mask=mask, p=p,
-        starts=group_starts(sizes, counts, scored), counts=counts, sizes=sizes,
-        activations=activations, needs_offset=False,
+        layout=grouped_layout(sizes, activations, counts, scored), needs_offset=False,
     )  # fmt: skip
     if needs_x:
         dx = x.new_empty(x.shape)

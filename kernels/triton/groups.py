@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,91 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from fastfusion.ops.routing import routing_tables
+from fastfusion.ops.weights import layouts, max_scored
 
 from .tiles import ceil_div
 
-Start = tuple[int, int, int]
-"""A group's first row of down-projections, of score weights or -1, and of W_out."""
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How many adapters of which sizes each group has, and where its weights begin.
+
+    One object for each: what follows from it is kept by its identity, however many groups it has.
+    """
+
+    sizes: tuple[int, ...]
+    activations: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Of adapters."""
+    starts: tuple[tuple[int, int, int], ...]
+    """A group's first row of down-projections, of score weights or -1, and of W_out."""
+
+    @functools.cached_property
+    def columns(self) -> int:
+        """Of the widest group."""
+        each = iter(self.sizes)
+        return max(sum(itertools.islice(each, count)) for count in self.counts)
+
+    @functools.cached_property
+    def adapters(self) -> int:
+        """The most that a group has."""
+        return max(self.counts)
+
+    @functools.cached_property
+    def scored(self) -> tuple[bool, ...]:
+        """Whether each group is."""
+        return tuple(score >= 0 for _, score, _ in self.starts)
+
+    @functools.cached_property
+    def is_mixed(self) -> bool:
+        """Whether some groups are scored and some are not."""
+        return any(self.scored) and not all(self.scored)
+
+    @functools.cached_property
+    def num_scored(self) -> int:
+        """Adapters in the largest scored group."""
+        return max_scored(self.counts, self.scored)
+
+    @functools.cached_property
+    def codes(self) -> tuple[int, ...]:
+        """The activations that occur."""
+        return tuple(sorted(set(self.activations)))
+
+
+@functools.cache
+def _plain_layout(sizes: tuple[int, ...], activations: tuple[int, ...], is_scored: bool) -> Layout:
+    return Layout(sizes, activations, (len(sizes),), ((0, 0 if is_scored else -1, 0),))
+
+
+def plain_layout(sizes: Sequence[int], activations: Sequence[int], is_scored: bool) -> Layout:
+    """Of one group, its score weights being a tensor of their own."""
+    return _plain_layout(tuple(sizes), tuple(activations), is_scored)
+
+
+@functools.cache
+def _grouped_layout(
+    sizes: tuple[int, ...],
+    activations: tuple[int, ...],
+    counts: tuple[int, ...],
+    scored: tuple[int, ...],
+) -> Layout:
+    starts = tuple(
+        (part.down.start, -1 if part.score is None else part.score.start, part.out.start)
+        for part in layouts(sizes, counts, scored)
+    )
+    return Layout(sizes, activations, counts, starts)
+
+
+def grouped_layout(*parts: Sequence[int]) -> Layout:
+    """Of sizes, activations, counts and scored, as `adapter_fusion_grouped` takes them."""
+    return _grouped_layout(*map(tuple, parts))
 
 
 class Groups(NamedTuple):
     """Where the weights of groups lie, as tables on the device; a plain call has one group."""
 
     groups: Tensor
-    """[G, 8], int32: a group's `Start`; its first entry in `columns`, `adapters` and `tiles`; how
+    """[G, 8], int32: a group's `starts`; its first entry in `columns`, `adapters` and `tiles`; how
     many columns and adapters it has."""
     columns: Tensor
     """[columns, 2]: the adapter in its group, the activation."""
@@ -55,18 +129,11 @@ def kept_table(entries: list, width: tuple[int, ...], device: torch.device) -> T
 
 
 @functools.cache
-def tables(
-    starts: tuple[Start, ...],
-    counts: tuple[int, ...],
-    sizes: tuple[int, ...],
-    activations: tuple[int, ...],
-    block_d: int,
-    device: torch.device,
-) -> Groups:
-    """The tables for groups of these counts of adapters; waits for the device."""
+def tables(layout: Layout, block_d: int, device: torch.device) -> Groups:
+    """The tables of a layout; waits for the device."""
     groups, columns, adapters, tiles, most_tiles = [], [], [], [], 0
-    each = iter(zip(sizes, activations, strict=True))
-    for start, count in zip(starts, counts, strict=True):
+    each = iter(zip(layout.sizes, layout.activations, strict=True))
+    for start, count in zip(layout.starts, layout.counts, strict=True):
         own = list(itertools.islice(each, count))
         num_columns = sum(size for size, _ in own)
         groups.append([*start, len(columns), len(adapters), len(tiles), num_columns, count])
@@ -111,16 +178,18 @@ def row_blocks(groups: Tensor | None, num_groups: int, num_rows: int, block_t: i
 
 @triton.jit
 def rows_of(pid, order_ptr, blocks_ptr, num_rows, BLOCK_T: tl.constexpr):
-    """A row block's group, row numbers and which of them there are."""
+    """A row block's group, row numbers and which of them there are; group -1 is that of base rows,
+    -2 of an entry that is not used."""
     offs_t = tl.arange(0, BLOCK_T)
     if blocks_ptr is None:
         group = 0
         rows = pid.to(tl.int64) * BLOCK_T + offs_t
         mask_t = rows < num_rows
     else:
-        group = tl.load(blocks_ptr + pid * 3)
         first = tl.load(blocks_ptr + pid * 3 + 1)
-        mask_t = offs_t < tl.load(blocks_ptr + pid * 3 + 2)
+        count = tl.load(blocks_ptr + pid * 3 + 2)
+        group = tl.where(count > 0, tl.load(blocks_ptr + pid * 3), -2)
+        mask_t = offs_t < count
         rows = tl.load(order_ptr + first + offs_t, mask=mask_t, other=0).to(tl.int64)
     return group, rows, mask_t
 
@@ -130,9 +199,3 @@ def wide_columns(D):
     """The columns that a group of D columns writes, zeros behind D: D comes from memory, and a mask
     that may end at any column would make every access one element wide."""
     return (D + 15) // 16 * 16
-
-
-def widest(sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, int]:
-    """The most columns and the most adapters that any group has."""
-    each = iter(sizes)
-    return max(sum(itertools.islice(each, count)) for count in counts), max(counts)

@@ -6,9 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastfusion.ops.weights import max_scored
-
-from .groups import Start
+from .groups import Layout
 from .norms import fold_norm
 from .tiles import contiguous, contiguous_rows
 
@@ -41,12 +39,8 @@ class Mixture(NamedTuple):
     temperature: Tensor | None
     mask: Tensor | None
     score_offset: Tensor | None
-    starts: Sequence[Start]
-    """Of the groups; `w_down` and `w_score` may be one tensor."""
-    counts: Sequence[int]
-    """Of adapters."""
-    sizes: Sequence[int]
-    activations: Sequence[int]
+    layout: Layout
+    """`w_down` and `w_score` may be one tensor."""
     norm: Norm | None = None
 
 
@@ -61,15 +55,9 @@ class Outputs(NamedTuple):
     """What the LayerNorm behind sees, less a number for each row; empty unless kept."""
 
 
-def scored_groups(mixture: Mixture) -> tuple[bool, bool]:
-    """Whether any group is scored, and whether not all are."""
-    scored = [score >= 0 for _, score, _ in mixture.starts]
-    return any(scored), any(scored) and not all(scored)
-
-
 def outputs_of(mixture: Mixture) -> Outputs:
     x, norm = mixture.x[0], mixture.norm
-    num_scored = max_scored(mixture.counts, [score >= 0 for _, score, _ in mixture.starts])
+    num_scored = mixture.layout.num_scored
     is_plain = mixture.groups is None and num_scored == 0
     p_shape = [0] if is_plain else [len(x), num_scored]
     keeps = norm is not None and norm.save
@@ -101,7 +89,7 @@ def row_arguments(mixture: Mixture) -> dict:
 
 def weight_arguments(mixture: Mixture) -> dict:
     """The weights of the products over H, with a LayerNorm in front folded into their biases."""
-    is_scored, _ = scored_groups(mixture)
+    is_scored = any(mixture.layout.scored)
     arguments = {
         "w_down_ptr": mixture.w_down.contiguous(),
         "b_down_ptr": mixture.b_down.contiguous(),

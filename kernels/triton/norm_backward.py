@@ -118,8 +118,8 @@ def adapter_fusion_norm_backward(
     grad = _through_norm(grad_out, pre_norm, ln_weight, ln_eps)
     x = hidden
     if ln_before:
-        norm = (ln_weight.contiguous(), ln_bias.contiguous(), ln_eps)
-        x = layer_norm(summed.contiguous(), *norm, out=summed.new_empty(summed.shape))
+        x = summed.new_empty(summed.shape)
+        layer_norm(summed, ln_weight.contiguous(), ln_bias.contiguous(), ln_eps, out=x)
     dx, _, *dweights, _ = adapter_fusion_backward(
         grad, [x], None, w_down, b_down, w_score, b_score, w_out, temperature, mask, p,
         sizes, activations, [needs_x, False, *needs_weights, False],

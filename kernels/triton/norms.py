@@ -2,9 +2,11 @@
 
     fold_norm        of a LayerNorm in front: W gamma and W beta + b, for `projections.project`
     normalise_rows   of a LayerNorm behind, on rows that the calling program wrote
-    layer_norm       of a LayerNorm behind, on rows whose parts several programs wrote
+    layer_norm       of a LayerNorm behind, on rows whose parts several programs wrote; of one in
+                     front of few rows, or when its rows are made again in the backward
 
-Bytes: `fold_norm` reads the weights once; `layer_norm` reads and writes H*e a row.
+Bytes: `fold_norm` reads the weights once; `layer_norm` reads and writes H*e a row, or reads 2*H*e
+of a sum.
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .tiles import ceil_div, launch, power_of_two
+from .tiles import ceil_div, contiguous_rows, launch, power_of_two
 
 FOLDED_ROWS = 16
 """Rows of weights that a program of `fold_norm_kernel` sums."""
@@ -128,11 +130,14 @@ def normalise_rows(
 @triton.jit(do_not_specialize=["num_rows"])
 def layer_norm_kernel(
     x_ptr,  # [num_rows, H]
+    add_ptr,  # [num_rows, H] to add to x, or None
     ln_weight_ptr,  # [H]
     ln_bias_ptr,  # [H]
     out_ptr,  # [num_rows, H]; may be x
     num_rows,
     ln_eps,
+    stride_xm,
+    stride_am,
     H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,  # at least H
@@ -141,7 +146,11 @@ def layer_norm_kernel(
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
     mask = (rows < num_rows)[:, None] & mask_h[None, :]
-    x = tl.load(x_ptr + rows[:, None] * H + offs_h[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_tile = x_ptr + rows[:, None] * stride_xm + offs_h[None, :]
+    x = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
+    if add_ptr is not None:
+        add_tile = add_ptr + rows[:, None] * stride_am + offs_h[None, :]
+        x += tl.load(add_tile, mask=mask, other=0.0).to(tl.float32)
     x = tl.where(mask_h[None, :], x - (tl.sum(x, axis=1) / H)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / H + ln_eps)
     gamma = tl.load(ln_weight_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
@@ -151,22 +160,33 @@ def layer_norm_kernel(
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def layer_norm(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, ln_eps: float, out: Tensor) -> Tensor:
-    """LayerNorm of contiguous rows, written to `out`, which may be `x`."""
+def layer_norm(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    ln_eps: float,
+    *,
+    out: Tensor,
+    add: Tensor | None = None,
+) -> None:
+    """LayerNorm of rows, or of their sum with `add`, written to `out`, which may be `x`."""
     num_rows, hidden_size = x.shape
+    x, add = contiguous_rows(x), contiguous_rows(add)
     block_h = power_of_two(hidden_size)
     block_t = max(1, 2048 // block_h)
     arguments = {
         "x_ptr": x,
+        "add_ptr": add,
         "ln_weight_ptr": ln_weight,
         "ln_bias_ptr": ln_bias,
         "out_ptr": out,
         "num_rows": num_rows,
         "ln_eps": ln_eps,
+        "stride_xm": x.stride(0),
+        "stride_am": 0 if add is None else add.stride(0),
         "H": hidden_size,
         "BLOCK_T": block_t,
         "BLOCK_H": block_h,
         "num_warps": max(4, min(16, block_h // 1024)),
     }
     launch(layer_norm_kernel, ceil_div(num_rows, block_t), arguments)
-    return out

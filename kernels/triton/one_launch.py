@@ -49,10 +49,9 @@ the same bits, and a row's bits do not depend on which rows share its block.
 
 import triton
 import triton.language as tl
-from fastfusion.ops.weights import max_scored
 from triton.backends.compiler import GPUTarget
 
-from .groups import row_blocks, rows_of, tables, widest
+from .groups import row_blocks, rows_of, tables
 from .mixtures import (
     Mixture,
     Outputs,
@@ -61,7 +60,6 @@ from .mixtures import (
     residual_arguments,
     row_arguments,
     score_arguments,
-    scored_groups,
     weight_arguments,
 )
 from .norms import normalise_rows
@@ -144,10 +142,11 @@ def adapter_fusion_kernel(
     REST: tl.constexpr = BLOCK_R if BLOCK_R > 0 else 16
     group, rows, mask_t = rows_of(tl.program_id(0), order_ptr, blocks_ptr, num_rows, BLOCK_T)
     if group < 0:
-        _store_base_rows(
-            residual_ptr, stride_rm, out_ptr, p_ptr, rows, mask_t, num_scored,
-            H, SCORED, BLOCK_T, BLOCK_N, BLOCK_H,
-        )  # fmt: skip
+        if group == -1:
+            _store_base_rows(
+                residual_ptr, stride_rm, out_ptr, p_ptr, rows, mask_t, num_scored,
+                H, SCORED, BLOCK_T, BLOCK_N, BLOCK_H,
+            )  # fmt: skip
         return
 
     layout = groups_ptr + group * 8
@@ -165,7 +164,7 @@ def adapter_fusion_kernel(
     mask_r = offs_r < D
     shift = tl.zeros([BLOCK_T], tl.float32)
     if NORM:
-        shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H, BLOCK_K)
+        shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H)
 
     pre, pre_r, t, t_r, c, sums, squares = project(
         x_ptr, query_ptr, residual_ptr, ln_weight_ptr, shift, rows, mask_t,
@@ -280,11 +279,10 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     num_rows, hidden_size = x.shape
     blocks = dict(schedule(schedule_of(mixture), x.dtype, target, num_rows))
     del blocks["max_columns"]
-    columns, adapters = widest(mixture.sizes, mixture.counts)
-    block_d, block_r = column_blocks(columns)
-    layout = (mixture.starts, mixture.counts, mixture.sizes, mixture.activations)
-    found = tables(*map(tuple, layout), padded(columns), x.device)
-    cut = row_blocks(mixture.groups, len(mixture.counts), num_rows, blocks["BLOCK_T"])
+    layout = mixture.layout
+    block_d, block_r = column_blocks(layout.columns)
+    found = tables(layout, padded(layout.columns), x.device)
+    cut = row_blocks(mixture.groups, len(layout.counts), num_rows, blocks["BLOCK_T"])
     outputs = outputs_of(mixture)
     arguments = {
         **row_arguments(mixture),
@@ -300,13 +298,13 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "out_ptr": outputs.out,
         "p_ptr": outputs.p,
         "num_rows": num_rows,
-        "num_scored": max_scored(mixture.counts, [score >= 0 for _, score, _ in mixture.starts]),
+        "num_scored": layout.num_scored,
         "H": hidden_size,
-        "CODES": tuple(sorted(set(mixture.activations))),
-        "MIXED": scored_groups(mixture)[1],
+        "CODES": layout.codes,
+        "MIXED": layout.is_mixed,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
-        "BLOCK_N": padded(adapters),
+        "BLOCK_N": padded(layout.adapters),
         "PRECISION": precision(x.dtype, target),
         **blocks,
     }

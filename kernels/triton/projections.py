@@ -18,15 +18,15 @@ from .tiles import dot_rows
 
 
 @triton.jit
-def row_shift(
-    x_ptr, input_ptr, rows, mask_t, stride_xm, stride_im, H: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """A number near the mean of each row of x + input: the mean of its first entries."""
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = mask_t[:, None] & (offs_k < H)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
-    input = tl.load(input_ptr + rows[:, None] * stride_im + offs_k[None, :], mask=mask, other=0.0)
-    return tl.sum(x.to(tl.float32) + input.to(tl.float32), axis=1) / min(H, BLOCK_K)
+def row_shift(x_ptr, input_ptr, rows, mask_t, stride_xm, stride_im, H: tl.constexpr):
+    """A number near the mean of each row of x + input: the mean of 16 entries, or of all, that are
+    far apart, so that large ones in one place do not draw it away."""
+    STEP: tl.constexpr = max(H // 16, 1)
+    offs_h = tl.arange(0, 16) * STEP
+    mask = mask_t[:, None] & (offs_h < H)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_h[None, :], mask=mask, other=0.0)
+    input = tl.load(input_ptr + rows[:, None] * stride_im + offs_h[None, :], mask=mask, other=0.0)
+    return tl.sum(x.to(tl.float32) + input.to(tl.float32), axis=1) / min(H, 16)
 
 
 @triton.jit

@@ -14,10 +14,11 @@ adapter. Between the launches lie z, [T, D] in the inputs' dtype, and the parts 
 at most `1 + ceil(d / BLOCK_D)` of them for an adapter.
 
 A LayerNorm in front is absorbed by the first launch, each program summing the statistics of its
-rows. A LayerNorm behind needs whole rows: with enough row blocks (FUSED_NORM) a program of the
-second launch takes all tiles of H, writes its rows before the norm and reads them back, as in
-`one_launch.py` and as safe as there; with few, a third launch normalises the rows, because more
-programs are worth more than the bytes.
+rows; few rows are normalised by a launch before, since the sums of `fold_norm` would read the
+weights once more. A LayerNorm behind needs whole rows: with enough row blocks (FUSED_NORM) a
+program of the second launch takes all tiles of H, writes its rows before the norm and reads them
+back, as in `one_launch.py` and as safe as there; with few, a last launch normalises the rows,
+because more programs are worth more than the bytes.
 
 Few rows (decoding; SWAPPED): the weights stand on the M side of the products and the rows on the N
 side, column and H tiles are narrow, so that their number is near that of the multiprocessors. The
@@ -35,10 +36,9 @@ row's bits may differ between a call of few rows and one of many.
 
 import triton
 import triton.language as tl
-from fastfusion.ops.weights import max_scored
 from triton.backends.compiler import GPUTarget
 
-from .groups import row_blocks, rows_of, tables, wide_columns, widest
+from .groups import row_blocks, rows_of, tables, wide_columns
 from .mixtures import (
     Mixture,
     Outputs,
@@ -47,7 +47,6 @@ from .mixtures import (
     residual_arguments,
     row_arguments,
     score_arguments,
-    scored_groups,
     weight_arguments,
 )
 from .norms import layer_norm, normalise_rows
@@ -57,6 +56,7 @@ from .tiles import (
     activate,
     add_bias,
     ceil_div,
+    contiguous_rows,
     dot_one_hot,
     dot_rows,
     launch,
@@ -133,7 +133,7 @@ def adapter_columns_kernel(
     starts_here = mask_a & (offs_a >= first + tl.minimum(earlier, 1))
     shift = tl.zeros([BLOCK_T], tl.float32)
     if NORM:
-        shift = row_shift(x_ptr, input_ptr, rows, mask_t, stride_xm, stride_im, H, BLOCK_K)
+        shift = row_shift(x_ptr, input_ptr, rows, mask_t, stride_xm, stride_im, H)
     pre, _, t, _, c, sums, squares = project(
         x_ptr, query_ptr, input_ptr, ln_weight_ptr, shift, rows, mask_t,
         stride_xi, stride_xm, stride_qm, stride_im, w_down_ptr, w_score_ptr, columns,
@@ -234,6 +234,8 @@ def adapter_output_kernel(
     row_block = pid // (H_TILES // OWN_TILES)
     first_tile = pid % (H_TILES // OWN_TILES)
     group, rows, mask_t = rows_of(row_block, order_ptr, blocks_ptr, num_rows, BLOCK_T)
+    if group < -1:
+        return
     offs_n = tl.arange(0, BLOCK_N)
     p = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     values = 0
@@ -256,7 +258,7 @@ def adapter_output_kernel(
                 )  # fmt: skip
     shift = tl.zeros([BLOCK_T], tl.float32)
     if x_ptr is not None:
-        shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H, BLOCK_H)
+        shift = row_shift(x_ptr, residual_ptr, rows, mask_t, stride_xm, stride_rm, H)
     sums = tl.zeros([BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
     for h_tile in range(first_tile, first_tile + OWN_TILES):
@@ -325,7 +327,7 @@ def schedule_of(mixture: Mixture) -> str:
     if mixture.norm is not None:
         return "two_launches_norm"
     has_own_query = mixture.query is not None or len(mixture.x) > 1
-    is_general = has_own_query or scored_groups(mixture)[1]
+    is_general = has_own_query or mixture.layout.is_mixed
     return "two_launches_general" if is_general else "two_launches"
 
 
@@ -337,19 +339,17 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
     fused_norm = blocks.pop("FUSED_NORM") and norm is not None
     block_d, block_h = blocks.pop("BLOCK_D"), blocks.pop("BLOCK_H")
     columns_num_warps = blocks.pop("columns_num_warps")
-    layout = (mixture.starts, mixture.counts, mixture.sizes, mixture.activations)
-    found = tables(*map(tuple, layout), block_d, x.device)
-    cut = row_blocks(mixture.groups, len(mixture.counts), num_rows, blocks["BLOCK_T"])
-    columns, adapters = widest(mixture.sizes, mixture.counts)
-    is_scored, is_mixed = scored_groups(mixture)
+    layout = mixture.layout
+    found = tables(layout, block_d, x.device)
+    cut = row_blocks(mixture.groups, len(layout.counts), num_rows, blocks["BLOCK_T"])
     outputs = outputs_of(mixture)
-    rows, residual = row_arguments(mixture), residual_arguments(mixture)
+    residual = residual_arguments(mixture)
     norms = norm_arguments(mixture, outputs)
     # 16 columns: what `wide_columns` rounds to
-    z = x.new_empty(num_rows, ceil_div(columns, 16) * 16)
+    z = x.new_empty(num_rows, ceil_div(layout.columns, 16) * 16)
     parts = None
-    if is_scored:
-        parts = x.new_empty(found.num_parts, num_rows, adapters, dtype=outputs.p.dtype)
+    if any(layout.scored):
+        parts = x.new_empty(found.num_parts, num_rows, layout.adapters, dtype=outputs.p.dtype)
     shared = {
         "z_ptr": z,
         "parts_ptr": parts,
@@ -358,36 +358,43 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "groups_ptr": found.groups,
         "columns_ptr": found.columns,
         "num_rows": num_rows,
-        "num_adapters": adapters,
+        "num_adapters": layout.adapters,
         "ln_eps": norms["ln_eps"],
         "stride_zm": z.stride(0),
         "H": hidden_size,
         "PRECISION": precision(x.dtype, target),
         **blocks,
     }
-    is_normed_before = norm is not None and norm.before
+    read = mixture
+    if norm is not None and norm.before and blocks["SWAPPED"]:
+        # folding the norm into the weights would read them once more
+        normed = x.new_empty(x.shape)
+        layer_norm(x, norm.weight, norm.bias, norm.eps, out=normed, add=mixture.residual)
+        read = mixture._replace(x=[normed], norm=None)
+    is_absorbed = read.norm is not None and read.norm.before
     first = {
         **shared,
-        **rows,
-        **weight_arguments(mixture),
-        "input_ptr": residual["residual_ptr"] if is_normed_before else None,
-        "ln_weight_ptr": norms["ln_weight_ptr"] if is_normed_before else None,
+        **row_arguments(read),
+        **weight_arguments(read),
+        "input_ptr": residual["residual_ptr"] if is_absorbed else None,
+        "ln_weight_ptr": norms["ln_weight_ptr"] if is_absorbed else None,
         "tiles_ptr": found.tiles,
         "num_tiles": found.num_tiles,
         "stride_im": residual["stride_rm"],
-        "CODES": tuple(sorted(set(mixture.activations))),
-        "MIXED": is_mixed,
+        "CODES": layout.codes,
+        "MIXED": layout.is_mixed,
         "BLOCK_D": block_d,
         "BLOCK_A": padded(found.tile_adapters),
         "num_warps": columns_num_warps,
     }
     kept = outputs.out if norm is None or not norm.save else outputs.pre_norm
+    hidden = None if norm is None else contiguous_rows(x)
     second = {
         **shared,
         **residual,
         **score_arguments(mixture),
-        "x_ptr": None if norm is None else rows["x_ptr"],
-        "stride_xm": rows["stride_xm"],
+        "x_ptr": hidden,
+        "stride_xm": 0 if hidden is None else hidden.stride(0),
         "adapters_ptr": found.adapters,
         "w_out_ptr": mixture.w_out.contiguous(),
         "ln_weight_ptr": norms["ln_weight_ptr"] if fused_norm else None,
@@ -396,14 +403,14 @@ def run(mixture: Mixture, target: GPUTarget | None) -> Outputs:
         "kept_ptr": kept,
         "out_ptr": outputs.out,
         "p_ptr": outputs.p,
-        "num_scored": max_scored(mixture.counts, [score >= 0 for _, score, _ in mixture.starts]),
+        "num_scored": layout.num_scored,
         "PARTS": found.num_parts,
-        "BLOCK_N": padded(adapters),
+        "BLOCK_N": padded(layout.adapters),
         "BLOCK_H": block_h,
     }
     launch(adapter_columns_kernel, cut.count * found.num_tiles, first)
     h_tiles = 1 if fused_norm else ceil_div(hidden_size, block_h)
     launch(adapter_output_kernel, cut.count * h_tiles, second)
     if norm is not None and not fused_norm:
-        layer_norm(kept, norm.weight, norm.bias, norm.eps, outputs.out)
+        layer_norm(kept, norm.weight, norm.bias, norm.eps, out=outputs.out)
     return outputs
