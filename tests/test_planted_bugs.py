@@ -130,7 +130,7 @@ def both(name: str, text: str, instead: str, check: str = "forward") -> dict[str
 
 
 ROW_MASK = "mask_t = rows < num_rows"
-GROUP_MASK = "mask_t = offs_t < tl.load(blocks_ptr + pid * 3 + 2)"
+GROUP_MASK = "mask_t = offs_t < count"
 EXP = "e = tl.exp(s - tl.max(s, axis=1)[:, None])"
 FIRST_SCORE = "tl.sum(tl.where(offs_n == 0, s, 0.0), axis=1)"
 DOT = "tl.dot(a, w, acc, input_precision=PRECISION)"
@@ -162,8 +162,8 @@ BUGS = {
     ),
     "wrong group": Bug(
         "groups",
-        "group = tl.load(blocks_ptr + pid * 3)",
-        "group = tl.minimum(tl.load(blocks_ptr + pid * 3), 2)",
+        "tl.load(blocks_ptr + pid * 3), -2)",
+        "tl.minimum(tl.load(blocks_ptr + pid * 3), 2), -2)",
         "groups",
     ),
     **both("no maximum in the softmax", EXP, "e = tl.exp(s)", "high scores"),
