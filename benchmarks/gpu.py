@@ -34,6 +34,9 @@ import table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.jsonl"
 SANITIZER = "compute-sanitizer"
+MINUTES = 8.5
+MOST_PROCESSES = 16
+"""Of one GPU at once: each has a context there, about half a GiB, and tensors of less."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Stage:
 
     name: str
     share: float
-    """Of the time that is left, in the unit of the later stages' shares."""
+    """Of the time that is left, in the unit of the later stages' shares: seconds of the default
+    time, where all stages run and all before have taken all of theirs."""
     processes: int = 1
     prefix: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -67,6 +71,11 @@ class Outcome:
         parts = {name: value for name, value in vars(self).items() if value}
         return parts.pop("versions", {}) | parts
 
+    def unseen(self) -> list[str]:
+        """What there was no time for: items, and parts of items that say so."""
+        rows = [row for rows in self.results.values() for row in rows.values()]
+        return self.left_out + [part for row in rows for part in row.get("left_out", ())]
+
     def faults(self) -> list[str]:
         """Titles and rows whose outputs did not agree, or which could not run."""
         return [
@@ -82,7 +91,7 @@ def stages(is_dry: bool, peer_site: Path | None) -> list[Stage]:
     sanitizers = [
         Stage(
             tool,
-            40,
+            35,
             prefix=(SANITIZER, "--tool", tool, "--error-exitcode", "99"),
             # else PyTorch's allocator would hide what lies outside a tensor
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -92,20 +101,20 @@ def stages(is_dry: bool, peer_site: Path | None) -> list[Stage]:
         for tool in ("memcheck", "racecheck")
     ]
     if peer_site is None:
-        peer = Stage("peer", 110, not_run="no --peer-site: a folder with adapters 1.3.0")
+        peer = Stage("peer", 50, not_run="no --peer-site: a folder with adapters 1.3.0")
     else:
         rest = os.environ.get("PYTHONPATH")
         path = f"{peer_site}{os.pathsep}{rest}" if rest else str(peer_site)
-        peer = Stage("peer", 110, environment={"PYTHONPATH": path})
-    processes = 1 if is_dry else max(1, min(6, (os.cpu_count() or 1) // 2))
+        peer = Stage("peer", 50, environment={"PYTHONPATH": path})
+    # a process compiles one kernel after the other, and parity needs hundreds
+    processes = 1 if is_dry else min(MOST_PROCESSES, os.cpu_count() or 1)
     return [
-        Stage("environment", 60),
-        # a process compiles one kernel after the other, and parity needs hundreds
-        Stage("parity", 100, processes, is_check=True),
+        Stage("environment", 40),
+        Stage("parity", 130, processes, is_check=True),
         *sanitizers,
         Stage("tuning", 80),
-        Stage("ops", 130),
-        Stage("models", 110),
+        Stage("ops", 80),
+        Stage("models", 60),
         peer,
     ]
 
@@ -237,7 +246,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--output", type=Path, help=f"append here; {RESULTS} by default, nothing in a dry run"
     )
-    options.add_argument("--minutes", type=_minutes, default=8.5, help="for everything together")
+    options.add_argument("--minutes", type=_minutes, default=MINUTES, help="for all together")
     return options.parse_args(arguments)
 
 
@@ -260,6 +269,8 @@ def main() -> int:
                     print(*outcome.failed.values() or ("out of time",), file=sys.stderr)
                     return 1
                 base |= outcome.results.pop("environment")
+            if outcome.unseen():
+                print(f"  left out, for want of time: {'; '.join(outcome.unseen())}", flush=True)
             records.append({**base, "stage": stage.name, **outcome.record()})
             if output is not None:
                 output.parent.mkdir(parents=True, exist_ok=True)

@@ -166,6 +166,8 @@ def _gpu_stage(stage: str, record: dict) -> list[str]:
     for title, row, result in rows:
         if not result.get("agreed", True):
             lines.append(f"- disagrees: {title}, {row}: {result}")
+        if "left_out" in result:
+            lines.append(f"- left out, for want of time: {'; '.join(result['left_out'])}")
     if "not_run" in record:
         lines.append(f"- not run: {record['not_run']}")
     if "left_out" in record:

@@ -72,7 +72,15 @@ def tune(
     compile are left out.
     """
     _require_triton()
-    from .kernels.triton import device_timer, schedule_files, schedules, tiles, tuning, tuning_cases
+    from .kernels.triton import (
+        device_timer,
+        processes,
+        schedule_files,
+        schedules,
+        tiles,
+        tuning,
+        tuning_cases,
+    )
 
     if (output is None) != in_place:
         raise typer.BadParameter(
@@ -103,7 +111,8 @@ def tune(
         _stop(str(error))
     device = torch.device("cuda", torch.cuda.current_device())
     timer = device_timer.DeviceTimer(device)
-    found = tuning.tune(cases, device, timer, minutes, say=typer.echo)
+    with processes.Processes(processes.usable()) as compilers:
+        found = tuning.tune(cases, device, timer, minutes, say=typer.echo, compilers=compilers)
     for (unit, reason), count in Counter((d.unit, d.reason) for d in found.dropped).items():
         typer.echo(f"dropped {count}: {unit}: {reason}", err=True)
     for what, units in (("not reached", found.unreached), ("nothing right", found.failed)):

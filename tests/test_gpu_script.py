@@ -42,6 +42,25 @@ def test_what_cannot_run_is_not_run_by_name(monkeypatch):
     assert all(reasons[name] is None for name in ("environment", "parity", "ops", "models"))
 
 
+def test_the_shares_are_enough(tmp_path, monkeypatch):
+    """Where all stages run and all take all of their time."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: tool)
+    planned = gpu.stages(False, tmp_path)
+    assert all(stage.not_run is None for stage in planned)
+    assert sum(stage.share for stage in planned) == 60 * gpu.MINUTES < 60 * 9
+    # to import PyTorch, and to end what was begun
+    seconds = {stage.name: stage.share for stage in planned}
+    assert seconds["tuning"] >= 60 * gpu_stage.TUNING_MINUTES + 20
+
+
+@pytest.mark.parametrize("cores, processes", [(None, 1), (4, 4), (16, 16), (192, 16)])
+def test_parity_takes_the_cores(cores, processes, monkeypatch):
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    found = {stage.name: stage.processes for stage in gpu.stages(False, None)}
+    assert found.pop("parity") == processes and set(found.values()) == {1}
+    assert {stage.processes for stage in gpu.stages(True, None)} == {1}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_without_a_gpu_nothing_is_measured(tmp_path):
     output = tmp_path / "gpu.jsonl"
@@ -104,6 +123,48 @@ def test_processes_share_a_stage(run_stage):
     outcome = run_stage(processes=5, seconds=5)
     assert sorted(outcome.results) == ["behind", "good", "last"]
     assert (list(outcome.failed), outcome.left_out) == (["dies"], ["hangs"])
+
+
+UNFINISHED = """
+import json, sys, time
+
+stage, report = sys.argv[1], sys.argv[sys.argv.index("--report") + 1]
+items = {
+    "environment": {"environment": {"device": "none"}},
+    "tuning": {"schedules": {"schedules": {"timed": 3, "left_out": ["5 candidates"]}}},
+    "parity": {"N=3": {"triton": {"agreed": True}}},
+}[stage]
+with open(report, "w") as file:
+    print(json.dumps({"items": [*items, "N=8"] if stage == "parity" else [*items]}), file=file)
+    for name, results in items.items():
+        print(json.dumps({"done": name, "results": results}), file=file)
+if stage == "parity":
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "stage, status, left_out",
+    [
+        (gpu.Stage("tuning", 1), 0, "5 candidates"),
+        (gpu.Stage("parity", 1), 0, "N=8"),
+        (gpu.Stage("parity", 1, is_check=True), 1, "N=8"),
+    ],
+)
+def test_who_has_no_time_says_so(stage, status, left_out, tmp_path, monkeypatch, capsys):
+    """On the terminal and in the file; what a check left out was not checked."""
+    (tmp_path / "gpu_stage.py").write_text(UNFINISHED)
+    output = tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "stages", lambda *_: [gpu.Stage("environment", 1), stage])
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    command = ["gpu.py", "--minutes", "0.05", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu.main() == status
+    during, after = capsys.readouterr().out.split("## none")
+    assert f"left out, for want of time: {left_out}\n" in during
+    assert f"- left out, for want of time: {left_out}\n" in after
+    assert left_out in output.read_text().splitlines()[-1]
 
 
 def test_who_interrupts_it_ends_its_processes(tmp_path, monkeypatch):

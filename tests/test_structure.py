@@ -23,6 +23,7 @@ LEVELS: list[list[str]] = [
         "kernels.triton.schedule_files",
         "kernels.triton.device_timer",
         "kernels.triton.machine",
+        "kernels.triton.processes",
     ],
     ["kernels.triton.tiles", "kernels.triton.groups", "kernels.triton.candidates"],
     ["kernels.triton.norms", "kernels.triton.projections", "kernels.triton.schedules"],

@@ -2,6 +2,8 @@
 Triton's interpreter (TRITON_INTERPRET=1) with the real calls, on a GPU with both real.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from fastfusion.kernels.triton import (  # noqa: E402
     tuning_cases,
 )
 from fastfusion.kernels.triton.candidates import LARGEST_WIDTH, candidates  # noqa: E402
+from fastfusion.kernels.triton.processes import Processes  # noqa: E402
 from fastfusion.kernels.triton.schedule_files import Table  # noqa: E402
 from fastfusion.kernels.triton.tuning_cases import Case  # noqa: E402
 
@@ -520,6 +523,84 @@ def test_what_the_time_does_not_reach_is_reported(made_up_calls):
         "one_launch, 32 bits, 8 rows",
         "one_launch, 32 bits, 100 rows",
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# compiling ahead
+
+
+class InThisProcess:
+    """In place of `Processes`: each call is made here, up to so many of one `run`."""
+
+    def __init__(self, most=math.inf, around=contextlib.nullcontext):
+        self.most = most
+        self.around = around
+
+    def run(self, function, work, until):
+        for count, arguments in enumerate(work):
+            if count == self.most:
+                return count
+            with self.around():
+                function(*arguments)
+        return len(work)
+
+
+@kernel_free
+def test_processes_take_what_the_time_allows(tmp_path):
+    def folders(name):
+        return [(str(tmp_path / f"{name}{i}"),) for i in range(5)]
+
+    seconds = iter(range(100))
+    with Processes(2, clock=lambda: next(seconds)) as two:
+        assert two.run(os.mkdir, [], 0) == 0
+        assert two.run(os.mkdir, folders("all"), math.inf) == 5
+        assert two.run(os.mkdir, folders("one"), -1) == 1
+        until = next(seconds) + 2
+        assert two.run(os.mkdir, folders("some"), until) == 3
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *(f"all{i}" for i in range(5)), "one0", "some0", "some1", "some2",
+        }  # fmt: skip
+        with pytest.raises(FileExistsError):
+            two.run(os.mkdir, folders("one"), math.inf)
+
+
+@kernel_free
+@pytest.mark.parametrize("op", ["plain", "norm", "query", "backward"])
+def test_whatever_is_tried_has_been_compiled_ahead(op, monkeypatch, poisoned_empty):
+    """For sm_90, by what Triton would compile; nothing is launched, so nothing is right."""
+    from launches import TARGETS as GPU_TARGETS
+    from launches import identity, recording
+
+    from fastfusion.kernels.triton import backend
+
+    monkeypatch.setattr(backend, "refusal", lambda x, weights: None)
+    were_ahead = []
+    with recording(GPU_TARGETS["sm_90"]) as launches:
+
+        @contextlib.contextmanager
+        def apart():
+            were_ahead.extend([False] * (len(launches) - len(were_ahead)))
+            yield
+            were_ahead.extend([True] * (len(launches) - len(were_ahead)))
+
+        wide = case(rows=64, sizes=(48,) * 8, op=op, dtype=torch.bfloat16, hidden=64)
+        found = tune([wide], None, compilers=InThisProcess(around=apart))
+    assert len(found.dropped) > 20 and found.untried == 0
+    compiled, tried = set(), set()
+    for launch, was_ahead in itertools.zip_longest(launches, were_ahead, fillvalue=False):
+        (compiled if was_ahead else tried).add(identity(launch))
+        assert tried <= compiled
+    assert len(tried) > 20
+
+
+@kernel_free
+def test_what_is_not_compiled_in_time_is_not_tried(made_up_calls):
+    timer, seen = as_time(lambda blocks: 1.0)
+    every = tune([case(sizes=WIDE)], timer).timed
+    found = tune([case(sizes=WIDE)], timer, compilers=InThisProcess(most=3))
+    assert [len(names) for names in seen[2:]] == [3, 3]
+    assert (found.timed, found.untried) == (6, every - 6)
+    assert seen[2][0] == derived_of(8)
 
 
 @kernel_free

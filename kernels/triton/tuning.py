@@ -7,11 +7,14 @@ allows is left out and reported. The rest is timed, in turn, and the smallest ge
 the calls wins. What a call asks for last is tuned first: a border between schedules is drawn
 between tuned ones.
 
+Compiling takes most of the time. It can be done ahead by several processes, which run the
+candidates for nothing but Triton's cache on disk; this one finds the kernels there, and no other
+process runs while it times.
+
 Nothing is tuned in place: the entries are the result, and nothing changes until a table with them
 is written and named (`schedules.ENVIRONMENT_VARIABLE`).
 """
 
-import contextlib
 import datetime
 import itertools
 import json
@@ -27,6 +30,7 @@ from triton.errors import TritonError
 
 from . import machine, schedule_files, schedules
 from .candidates import Blocks, candidates
+from .processes import Processes
 from .tiles import launched
 from .tuning_cases import Call, Case, call_of, expected_of
 
@@ -39,6 +43,8 @@ GAIN = 0.98
 """What a candidate's time must fall below, of the derived blocks' time: no change for a tie."""
 TRIED = 0.8
 """The part of a schedule's time for compiling and checking; the rest is for timing."""
+COMPILED = 0.6
+"""The part for compiling, where that is done ahead."""
 
 
 class Unit(NamedTuple):
@@ -143,6 +149,14 @@ def _run(call: Call, case: Case, device: torch.device) -> tuple[dict[str, torch.
             torch.cuda.synchronize(device)
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
     return results, sum(kernel.n_spills for kernel in kernels)
+
+
+def _compile(cases: Sequence[Case], entries: Sequence[dict], device: torch.device) -> None:
+    """Fill the cache with the kernels of calls under schedules; what is wrong with them shows in
+    the trial."""
+    with schedules.first(*entries):
+        for case in cases:
+            _run(call_of(case, device), case, device)
 
 
 class _Trials:
@@ -269,6 +283,7 @@ def tune(
     minutes: float,
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], object] = print,
+    compilers: Processes | None = None,
 ) -> Tuned:
     """Tune the schedules that calls ask for, on a device.
 
@@ -279,6 +294,8 @@ def tune(
         minutes: begin nothing after so long; what is left is shared among the units that are left.
         clock: seconds that pass.
         say: what each unit's result is told to.
+        compilers: processes that compile ahead; without them each kernel is compiled when it is
+            first tried.
 
     Raises:
         ValueError: minutes that are not positive, no cases, or one that there is not.
@@ -294,6 +311,8 @@ def tune(
     unreached: list[str] = []
     failed: list[str] = []
     timed = untried = 0
+    if compilers is not None:
+        compilers.run(_compile, [([case], [], device) for case in cases], end)
     units = units_of(cases, device)
     for i, unit in enumerate(units):
         began = clock()
@@ -304,7 +323,13 @@ def tune(
         derived = _derived(unit, arch)[2]["blocks"]
         widths = [case.width for case in unit.cases]
         to_try = candidates(unit.name, derived, _elsewhere(unit, arch), widths, LIMIT)
-        with _in_use(winners, arch):
+        in_use = _in_use(winners, arch)
+        if compilers is not None:
+            work = [(unit.cases, [_entry(unit, arch, b), *in_use], device) for b in to_try]
+            compiled = compilers.run(_compile, work, began + COMPILED * share)
+            untried += len(to_try) - compiled
+            to_try = to_try[:compiled]
+        with schedules.first(*in_use):
             trials = _Trials(unit, derived, arch, device)
             for done, blocks in enumerate(to_try):
                 if done > 0 and clock() > began + TRIED * share:
@@ -324,13 +349,13 @@ def tune(
     return Tuned(tuple(entries), timed, tuple(dropped), untried, tuple(unreached), tuple(failed))
 
 
-def _in_use(winners: Sequence[_Winner], arch: str) -> contextlib.AbstractContextManager[None]:
-    """What was found so far, each for its own number of rows."""
+def _in_use(winners: Sequence[_Winner], arch: str) -> list[dict[str, Any]]:
+    """Entries of what was found so far, each for its own number of rows."""
     entries = []
     for winner in winners:
         n = winner.unit.num_rows
         entries.append({**_entry(winner.unit, arch, winner.blocks), "min_rows": n, "max_rows": n})
-    return schedules.first(*entries)
+    return entries
 
 
 def _told(winner: _Winner, passed: int, dropped: int) -> str:
