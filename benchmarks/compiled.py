@@ -290,6 +290,8 @@ def main() -> None:
             print(f"{case.name}: nothing was launched")
         table.put(case, names)
         wanted |= {name: (case, index) for index, name in enumerate(names)}
+    if not wanted:
+        options.error(f"--filter: expected a part of some case's name; got {arguments.filter!r}")
     missing = {name: where for name, where in wanted.items() if name not in table.kernels}
     print(f"{len(wanted)} kernels, {len(missing)} to compile", flush=True)
     compile_all(missing, table, arguments.jobs)

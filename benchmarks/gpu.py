@@ -107,7 +107,7 @@ def stages(is_dry: bool, peer_site: Path | None) -> list[Stage]:
         path = f"{peer_site}{os.pathsep}{rest}" if rest else str(peer_site)
         peer = Stage("peer", 50, environment={"PYTHONPATH": path})
     # a process compiles one kernel after the other, and parity needs hundreds
-    processes = 1 if is_dry else min(MOST_PROCESSES, os.cpu_count() or 1)
+    processes = 1 if is_dry else min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     return [
         Stage("environment", 40),
         Stage("parity", 130, processes, is_check=True),

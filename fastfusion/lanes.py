@@ -362,13 +362,14 @@ class BoundPlan:
         return layout[1]
 
     def _made_table(self, size: int, length: int, around: Around) -> Tensor:
-        table = torch.zeros(self.plan.tasks or 1, size, length, dtype=torch.int32)
+        device = around.input.device
+        table = torch.zeros(self.plan.tasks or 1, size, length, dtype=torch.int32, device=device)
         for i, lane in enumerate(self.lanes):
             region = lane.region
             tasks = slice(None) if region.task is None else region.task
             rows, tokens = _rows(region, size, around.copies), _tokens(region, around.forward.past)
             table[tasks, rows, tokens] = i
-        return table.to(around.input.device)
+        return table
 
 
 def _rows(region: Region, size: int, copies: int) -> slice | Tensor:

@@ -721,13 +721,15 @@ def test_opcheck_compile(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ln_before", [False, True], ids=["after", "before-and-after"])
-def test_opcheck_norm_compile(ln_before, backend):
+@pytest.mark.parametrize("save", [False, True], ids=["inference", "training"])
+def test_opcheck_norm_compile(save, ln_before, backend):
     case = Case(mask=True, padding=2)
-    given = require_grad(norm_tensors_of(case, torch.float32, DEVICE[backend]))
+    given = norm_tensors_of(case, torch.float32, DEVICE[backend])
+    given = require_grad(given) if save else given
     *tensors, sizes, activations = weights_of(case, given)
     norm = (given["ln_weight"], given["ln_bias"], 1e-5, ln_before)
     args = (given["x0"], given["residual"], *norm, *tensors, given["mask"], sizes, activations)
-    torch.library.opcheck(torch.ops.fastfusion.adapter_fusion_norm.default, (*args, True, backend))
+    torch.library.opcheck(torch.ops.fastfusion.adapter_fusion_norm.default, (*args, save, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

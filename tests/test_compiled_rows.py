@@ -109,6 +109,30 @@ def test_compiled_rows(entries, backend, recorded):
     compiled_gives_the_same(model, calls, recorded, backend)
 
 
+@pytest.mark.parametrize("setup", ["BatchSplit", "Split", "MultiTask"])
+def test_a_compiled_graph_makes_nothing_on_the_cpu(setup):
+    """A GPU would wait for the copy, in every call; the meta device stands in for one."""
+    model = make(num_hidden_layers=1).to("meta")
+    model.set_active_adapters(COMPILED[setup])
+    ids = tiny.ids(4, LENGTH).to("meta")
+    tasks = {"task_ids": torch.zeros(4, dtype=torch.int64, device="meta")}
+    kwargs = tasks if setup == "MultiTask" else {}
+    found = []
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                found.append(node.format_node())
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(ids, **kwargs)
+        torch.compile(model, fullgraph=True, backend=backend)(ids, **kwargs)
+    assert not found
+
+
 def test_a_compiled_graph_keeps_nothing_on_a_device():
     """A table that a graph moved there would lie in its memory; the next call would trace anew."""
     table = LaneTable([3, 1, 2])

@@ -53,9 +53,9 @@ def test_the_shares_are_enough(tmp_path, monkeypatch):
     assert seconds["tuning"] >= 60 * gpu_stage.TUNING_MINUTES + 20
 
 
-@pytest.mark.parametrize("cores, processes", [(None, 1), (4, 4), (16, 16), (192, 16)])
+@pytest.mark.parametrize("cores, processes", [(1, 1), (4, 4), (16, 16), (192, 16)])
 def test_parity_takes_the_cores(cores, processes, monkeypatch):
-    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda process: set(range(cores)))
     found = {stage.name: stage.processes for stage in gpu.stages(False, None)}
     assert found.pop("parity") == processes and set(found.values()) == {1}
     assert {stage.processes for stage in gpu.stages(True, None)} == {1}

@@ -32,7 +32,7 @@ from test_adapter_fusion import (
 )
 
 from fastfusion.kernels.triton.groups import Layout, tables
-from fastfusion.kernels.triton.weight_gradients import WeightRows, weight_tiles
+from fastfusion.kernels.triton.weight_gradients import WeightRows, _tiles
 from fastfusion.ops import (
     GroupedWeights,
     adapter_fusion_grouped,
@@ -238,7 +238,7 @@ def test_tables_that_are_kept_are_made_in_another_thread():
     layout = Layout((31, 5, 7), (1, 1, 0), (3,), ((0, 0, 0),))
     with Operators() as operators:
         found = tables.__wrapped__(layout, 16, torch.device("cpu"))
-        tiles = weight_tiles.__wrapped__((WeightRows(0, 0, 46, 46, 0, 0),), 32, torch.device("cpu"))
+        tiles = _tiles.__wrapped__((WeightRows(0, 0, 46, 46, 0, 0),), 32, torch.device("cpu"))
     assert operators.names == {"aten::view"}
     assert found.adapters.tolist() == [2, 2, 1]
     assert tiles[:, 1].tolist() == [0, 2]

@@ -24,6 +24,7 @@ LEVELS: list[list[str]] = [
         "kernels.triton.device_timer",
         "kernels.triton.machine",
         "kernels.triton.processes",
+        "kernels.triton.once",
     ],
     ["kernels.triton.tiles", "kernels.triton.candidates"],
     ["kernels.triton.groups"],

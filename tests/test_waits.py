@@ -175,7 +175,7 @@ def on_meta(monkeypatch):
     """The backend takes tensors on the meta device, and has seen no layout."""
     monkeypatch.setattr(backend, "refusal", lambda x, weights: None)
     groups.tables.cache_clear()
-    weight_gradients.weight_tiles.cache_clear()
+    weight_gradients._tiles.cache_clear()
 
 
 def assert_waits_once(call: Callable[[], list]) -> None:
@@ -318,9 +318,7 @@ PLANTED = {
         (module, "tables", groups.tables.__wrapped__)
         for module in (one_launch, two_launches, backward)
     ],
-    "tiles made anew": [
-        (weight_gradients, "weight_tiles", weight_gradients.weight_tiles.__wrapped__)
-    ],
+    "tiles made anew": [(weight_gradients, "_tiles", weight_gradients._tiles.__wrapped__)],
     "the count of blocks read": [
         (module, "row_blocks", reads_the_count) for module in (one_launch, two_launches, backward)
     ],

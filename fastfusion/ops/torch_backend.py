@@ -206,9 +206,8 @@ def adapter_fusion_norm(
     )  # fmt: skip
     pre_norm = summed + mixed
     out = F.layer_norm(pre_norm, *norm).to(dtype)
-    empty = out.new_empty(0)
-    kept_summed = summed.to(dtype) if save and ln_before else empty
-    return out, p, kept_summed, pre_norm.to(dtype) if save else empty
+    kept_summed = summed.to(dtype) if save and ln_before else out.new_empty(0)
+    return out, p, kept_summed, pre_norm.to(dtype) if save else out.new_empty(0)
 
 
 def adapter_fusion_norm_backward(

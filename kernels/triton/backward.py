@@ -21,7 +21,6 @@ writes them, and no other program touches them.
 
 A plain call is a call with one group whose rows lie in order; see `two_launches.py`. Base rows have
 no part in any sum, and dx = 0.
-
 The weights' sums stand in `weight_gradients.py`. No atomics: the same bits every time.
 
 Precision: fp32 accumulation, as in `two_launches.py`. pre, t, dw and what is made of them are
@@ -55,6 +54,7 @@ from .groups import (
     tables,
     wide_columns,
 )
+from .once import once
 from .schedule_files import SAME_ROWS
 from .schedules import schedule, target_of
 from .tiles import (
@@ -605,6 +605,20 @@ def adapter_fusion_backward(
     return dx, dquery, dw_down, db_down, dw_score, db_score, dw_out, doffset
 
 
+@once
+def _weight_rows(layout: Layout) -> tuple[tuple[WeightRows, ...], ...]:
+    """Of the down-projections, the score weights and W_out of all groups."""
+    down, score, out = [], [], []
+    for g, part in enumerate(layouts(layout.sizes, layout.counts, layout.scored)):
+        columns = part.down.stop - part.down.start
+        used, height = columns + layout.counts[g], part.out.stop - part.out.start
+        down.append(WeightRows(g, 0, columns, columns, part.down.start, 0))
+        if part.score is not None:
+            score.append(WeightRows(g, 0, used, height, part.score.start, 0))
+        out.append(WeightRows(g, 0, used, height, part.out.start, 0))
+    return tuple(down), tuple(score), tuple(out)
+
+
 def adapter_fusion_grouped_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -626,24 +640,18 @@ def adapter_fusion_grouped_backward(
     dx = dw_in = db_in = dw_out = empty
     if not any(needs):
         return dx, dw_in, db_in, dw_out
+    layout = grouped_layout(sizes, activations, counts, scored)
     grad_out, inputs = contiguous_rows(grad_out), contiguous_rows(x).unsqueeze(0)
     mixture = _mixture(
         grad_out=grad_out, inputs=inputs, query=None, groups=groups, w_down=w_in, b_down=b_in,
-        w_score=w_in, b_score=b_in, w_out=w_out, temperature=None, mask=mask, p=p,
-        layout=grouped_layout(sizes, activations, counts, scored), needs_offset=False,
+        w_score=w_in, b_score=b_in, w_out=w_out, temperature=None, mask=mask, p=p, layout=layout,
+        needs_offset=False,
     )  # fmt: skip
     if needs_x:
         dx = x.new_empty(x.shape)
         end = sum(sizes)
         _input_gradient(mixture, dx, mixture.dpre, mixture.dy, w_in, w_in, 0, end)
-    down, score, out = [], [], []
-    for g, part in enumerate(layouts(sizes, counts, scored)):
-        columns = part.down.stop - part.down.start
-        used, height = columns + counts[g], part.out.stop - part.out.start
-        down.append(WeightRows(g, 0, columns, columns, part.down.start, 0))
-        if part.score is not None:
-            score.append(WeightRows(g, 0, used, height, part.score.start, 0))
-        out.append(WeightRows(g, 0, used, height, part.out.start, 0))
+    down, score, out = _weight_rows(layout)
     if needs_in:
         products = [(mixture.dpre, inputs, down)]
         if score:

@@ -3,11 +3,11 @@
 A plain call is a call with one group whose rows lie in order.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import triton.language as tl
 from fastfusion.ops.routing import routing_tables
 from fastfusion.ops.weights import layouts, max_scored
 
+from .once import once
 from .tiles import ceil_div
 
 
@@ -25,8 +26,7 @@ from .tiles import ceil_div
 class Layout:
     """How many adapters of which sizes each group has, and where its weights begin.
 
-    One object for each: what follows from it is kept by its identity, however many groups it has.
-    """
+    One object for each: what follows from it is kept by its identity, whatever its size."""
 
     sizes: tuple[int, ...]
     activations: tuple[int, ...]
@@ -35,39 +35,39 @@ class Layout:
     starts: tuple[tuple[int, int, int], ...]
     """A group's first row of down-projections, of score weights or -1, and of W_out."""
 
-    @functools.cached_property
+    @cached_property
     def columns(self) -> int:
         """Of the widest group."""
         each = iter(self.sizes)
         return max(sum(itertools.islice(each, count)) for count in self.counts)
 
-    @functools.cached_property
+    @cached_property
     def adapters(self) -> int:
         """The most that a group has."""
         return max(self.counts)
 
-    @functools.cached_property
+    @cached_property
     def scored(self) -> tuple[bool, ...]:
         """Whether each group is."""
         return tuple(score >= 0 for _, score, _ in self.starts)
 
-    @functools.cached_property
+    @cached_property
     def is_mixed(self) -> bool:
         """Whether some groups are scored and some are not."""
         return any(self.scored) and not all(self.scored)
 
-    @functools.cached_property
+    @cached_property
     def num_scored(self) -> int:
         """Adapters in the largest scored group."""
         return max_scored(self.counts, self.scored)
 
-    @functools.cached_property
+    @cached_property
     def codes(self) -> tuple[int, ...]:
         """The activations that occur."""
         return tuple(sorted(set(self.activations)))
 
 
-@functools.cache
+@once
 def _plain_layout(sizes: tuple[int, ...], activations: tuple[int, ...], is_scored: bool) -> Layout:
     return Layout(sizes, activations, (len(sizes),), ((0, 0 if is_scored else -1, 0),))
 
@@ -77,7 +77,7 @@ def plain_layout(sizes: Sequence[int], activations: Sequence[int], is_scored: bo
     return _plain_layout(tuple(sizes), tuple(activations), is_scored)
 
 
-@functools.cache
+@once
 def _grouped_layout(
     sizes: tuple[int, ...],
     activations: tuple[int, ...],
@@ -128,7 +128,7 @@ def kept_table(entries: list, width: tuple[int, ...], device: torch.device) -> T
     return table.reshape(-1, *width)
 
 
-@functools.cache
+@once
 def tables(layout: Layout, block_d: int, device: torch.device) -> Groups:
     """The tables of a layout; waits for the device."""
     groups, columns, adapters, tiles, most_tiles = [], [], [], [], 0

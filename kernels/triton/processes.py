@@ -12,8 +12,8 @@ MOST = 16
 
 
 def usable() -> int:
-    """As many processes as there are cores, up to `MOST`."""
-    return min(MOST, os.cpu_count() or 1)
+    """As many processes as there are cores for this one, up to `MOST`."""
+    return min(MOST, len(os.sched_getaffinity(0)))
 
 
 class Processes:

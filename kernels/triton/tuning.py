@@ -15,6 +15,7 @@ Nothing is tuned in place: the entries are the result, and nothing changes until
 is written and named (`schedules.ENVIRONMENT_VARIABLE`).
 """
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -153,8 +154,8 @@ def _run(call: Call, case: Case, device: torch.device) -> tuple[dict[str, torch.
 
 def _compile(cases: Sequence[Case], entries: Sequence[dict], device: torch.device) -> None:
     """Fill the cache with the kernels of calls under schedules; what is wrong with them shows in
-    the trial."""
-    with schedules.first(*entries):
+    the trial, and so does memory that several processes do not have and one has."""
+    with schedules.first(*entries), contextlib.suppress(torch.OutOfMemoryError):
         for case in cases:
             _run(call_of(case, device), case, device)
 

@@ -27,7 +27,7 @@ weights' bytes bound the time; no sum over H is split.
 Bytes per row, with e bytes per element: the first launch reads x (and a query of its own) ceil(D /
 BLOCK_D) times, from L2 after the first, and writes D*e and the parts; the second reads these ceil(H
 / BLOCK_H) times, from L2 after the first, and the residual once, and writes H*e. Device memory sees
-x, residual and output once, z written and read.
+x, residual and output once (twice where few rows are normalised first), z written and read.
 
 Precision, determinism: as in `one_launch.py`, but z is rounded to the inputs' dtype before it is
 weighed, as the literal formulas do. Tiles depend on the number of rows (`schedules.json`), so a

@@ -12,7 +12,6 @@ ceil(W / BLOCK_M) times, from L2 after the first; then 4 bytes per share and ent
 written and read. A bias reads W*e once more.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .groups import kept_table, wide_columns
+from .once import once
 from .tiles import INTERPRETED, ceil_div, launch
 
 # A sum over rows is cut into shares of at least about SPLIT_ROWS of a group's rows, and into no
@@ -152,8 +152,8 @@ class WeightRows(NamedTuple):
     """Which right factor."""
 
 
-@functools.cache
-def weight_tiles(parts: tuple[WeightRows, ...], block_m: int, device: torch.device) -> Tensor:
+@once
+def _tiles(parts: tuple[WeightRows, ...], block_m: int, device: torch.device) -> Tensor:
     """[tiles, 7], int32: the group, the first column in sixteens, then as in `WeightRows`."""
     found = [
         [part.group, column // 16, *part[1:]]
@@ -198,7 +198,7 @@ def weight_gradient(
     num_rows, hidden_size = products[0][1].shape[1:]
     height = len(weight)
     h_tiles = ceil_div(hidden_size, blocks["BLOCK_H"])
-    tiles = [weight_tiles(tuple(parts), blocks["BLOCK_M"], a.device) for a, _, parts in products]
+    tiles = [_tiles(tuple(parts), blocks["BLOCK_M"], a.device) for a, _, parts in products]
     splits = row_splits(num_rows, num_groups, sum(map(len, tiles)) * h_tiles)
     dweight = weight.new_empty(height, hidden_size)
     dbias = weight.new_empty(0 if bias is None else height)
