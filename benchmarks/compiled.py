@@ -237,16 +237,34 @@ def compile_all(wanted: dict[str, tuple[Case, int]], table: Table, jobs: int) ->
 
 HEAD = """# Compiled kernels
 
-Written by `benchmarks/compiled.py` from its table, `compiled.json`, which has more shapes: the
-cases that `tests/test_triton_compile.py` compiles, read from their binaries. No GPU was needed, and
-nothing here was timed. Shared memory is in KB of a block, tensor memory in columns of 512, blocks
-are those that fit a multiprocessor at once.
+Written by `benchmarks/compiled.py` from its table, `compiled.json`: the cases that
+`tests/test_triton_compile.py` compiles, read from their binaries. No GPU was needed, and nothing
+here was timed. Shared memory is in KB of a block, tensor memory in columns of 512, blocks are those
+that fit a multiprocessor at once.
 
 """
 
 
+def faulty(table: Table) -> list[str]:
+    """The kernels of the table that have a fault, each with the first of its cases."""
+    first: dict[str, str] = {}
+    for head, row in table.cases.items():
+        for shape, names in row.items():
+            for name in names.split():
+                first.setdefault(name, f"{head} {shape}")
+    used = {name: table.kernels[name] for name in first if name in table.kernels}
+    wrong = [
+        [first[name], entry.kernel, "; ".join(entry.faults)]
+        for name, entry in used.items()
+        if entry.faults
+    ]
+    cases = sum(map(len, table.cases.values()))
+    text = f"The table has {len(used)} kernels of {cases} cases, {len(wrong)} with a fault."
+    return [text, "", *markdown(["", "kernel", "faults"], sorted(wrong))]
+
+
 def page(table: Table) -> str:
-    """docs/compiled.md: the named cases."""
+    """docs/compiled.md: the named cases, and what is wrong in all others."""
     header = [
         "", "kernel", "registers", "stack", "shared", "tensor", "matrix", "copies", "stores",
         "warps", "blocks", "faults",
@@ -266,8 +284,8 @@ def page(table: Table) -> str:
                     r.copies, r.stores, r.warps, r.blocks,
                 ]  # fmt: skip
             rows.append([case.name, entry.kernel, *map(str, cells), "; ".join(entry.faults)])
-    made = f"Triton {table.triton}, commit {commit()}.\n"
-    return HEAD + "\n".join(markdown(header, rows)) + "\n" + made
+    made = [f"Triton {table.triton}, commit {commit()}."]
+    return HEAD + "\n".join([*markdown(header, rows), *faulty(table), *made]) + "\n"
 
 
 def main() -> None:
