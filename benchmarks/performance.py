@@ -136,7 +136,7 @@ def by_tensor(record: dict, name: str) -> list[str]:
     cells = []
     for i, launch in enumerate(launches):
         kernel = f"{launch['kernel']} ({launch['programs']} programs)"
-        for tensor, moved in launch["traffic"].items():
+        for tensor, moved in sorted(launch["traffic"].items()):
             if moved["loaded_once"] + moved["stored_once"] < least:
                 continue
             names = ("loaded_once", "loaded", "stored_once", "stored")
